@@ -1,0 +1,117 @@
+"""Ladders, Techniques 1, 2 and 4: closed forms and the published settings (arXiv:2006.09011)."""
+
+import math
+
+import pytest
+import torch
+
+from ncsn import noise
+
+
+def test_geometric_ladder_runs_from_the_largest_to_the_smallest_with_one_ratio():
+    sigmas = noise.geometric_sigmas(50.0, 0.01, 232)
+    assert sigmas.dtype == torch.float64
+    assert sigmas[0] == pytest.approx(50.0, rel=1e-14)
+    assert sigmas[-1] == pytest.approx(0.01, rel=1e-14)
+    ratios = sigmas[:-1] / sigmas[1:]
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 5000 ** (1 / 231)), rtol=1e-12, atol=0)
+
+
+def test_linear_ladder_has_one_difference():
+    sigmas = noise.linear_sigmas(1.0, 0.01, 10)
+    torch.testing.assert_close(sigmas.diff(), torch.full((9,), -0.11, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5, 1.0, 10), "expected 0 < sigma_L < sigma_1, got sigma_L=1.0, sigma_1=0.5"),
+        ((1.0, 0.0, 10), "got sigma_L=0.0"),
+        ((math.inf, 0.01, 10), "got sigma_L=0.01, sigma_1=inf"),
+        ((1.0, 0.01, 1), "expected L >= 2, got 1"),
+    ],
+)
+@pytest.mark.parametrize("ladder", [noise.geometric_sigmas, noise.linear_sigmas])
+def test_impossible_ladders_are_refused(ladder, arguments, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        ladder(*arguments)
+
+
+def test_step_sizes_scale_with_the_square_of_sigma():
+    sigmas = noise.geometric_sigmas(1.0, 0.01, 10)
+    alpha = noise.langevin_step_sizes(sigmas, 2e-5)
+    torch.testing.assert_close(alpha / sigmas**2, torch.full_like(alpha, 2e-5 / 0.01**2))
+    assert alpha[-1] == pytest.approx(2e-5)
+    with pytest.raises(ValueError, match="decrease strictly"):
+        noise.langevin_step_sizes(sigmas.flip(0), 2e-5)
+    with pytest.raises(ValueError, match="epsilon > 0, got 0"):
+        noise.langevin_step_sizes(sigmas, 0)
+
+
+def test_technique_1_is_the_largest_distance(monkeypatch):
+    x = torch.rand(3000, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.cdist(x.flatten(1).double(), x.flatten(1).double()).max().item()
+    assert noise.suggest_sigma_1(x) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(noise, "PAIRWISE_LIMIT", 2999)
+    monkeypatch.setattr(noise, "PAIRWISE_SAMPLE", 500)
+    assert 0.9 * expected < noise.suggest_sigma_1(x) <= expected * (1 + 1e-6)
+
+
+def test_technique_1_needs_two_different_images():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        noise.suggest_sigma_1(torch.rand(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="images that differ"):
+        noise.suggest_sigma_1(torch.ones(3, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("sigma_1", "dim", "gamma", "levels"),
+    [
+        (50, 3072, 1.039796, 219),
+        (90, 12288, 1.019510, 472),
+        (140, 27648, 1.012923, 745),
+        (190, 49152, 1.009661, 1026),
+        (348, 196608, 1.004807, 2182),
+    ],
+)
+def test_technique_2_for_the_published_data_sets(sigma_1, dim, gamma, levels):
+    assert noise.suggest_gamma(dim) == pytest.approx(gamma, abs=1e-6)
+    assert noise.overlap(noise.suggest_gamma(dim), dim) == pytest.approx(0.5, abs=1e-9)
+    assert noise.suggest_levels(sigma_1, 0.01, dim) == levels
+
+
+def test_overlap_is_a_normal_mass():
+    """C is the chance that a normal variable of mean sqrt(2 D) (gamma - 1) lies within 3 gamma of zero, by sampling."""
+    dim, gamma, n = 784, 1.06, 400_000
+    z = math.sqrt(2 * dim) * (gamma - 1) + torch.randn(n, generator=torch.Generator().manual_seed(0))
+    share = (z.abs() < 3 * gamma).double().mean().item()
+    assert abs(noise.overlap(gamma, dim) - share) < 5 * math.sqrt(share * (1 - share) / n)
+
+
+@pytest.mark.parametrize(
+    ("sigma_1", "L", "T", "epsilon", "ratio"),
+    [
+        (1, 10, 100, 3.23e-6, 1.0189),
+        (50, 232, 5, 6.18e-6, 1.0555),
+        (90, 500, 5, 3.34e-6, 1.0314),
+        (140, 788, 4, 2.31e-6, 1.0224),
+        (190, 1086, 3, 1.77e-6, 1.0174),
+        (348, 2311, 3, 8.93e-7, 1.0089),
+    ],
+)
+def test_technique_4_for_the_published_schedules(sigma_1, L, T, epsilon, ratio):
+    sigmas = noise.geometric_sigmas(sigma_1, 0.01, L)
+    found = noise.suggest_epsilon(sigmas, T)
+    assert found == pytest.approx(epsilon, rel=2e-3)
+    gamma = float(sigmas[0] / sigmas[1])
+    u = torch.tensor(found / 0.01**2, dtype=torch.float64)
+    assert noise.variance_ratio(u, gamma, T).item() == pytest.approx(ratio, abs=1e-4)
+
+
+def test_variance_ratio_is_the_recursion():
+    """T steps of v <- (1 - u)^2 v + 2 u from v = gamma^2, in units of sigma_i^2."""
+    gamma, u, T = 1.3, 0.2, 7
+    v = gamma**2
+    for _ in range(T):
+        v = (1 - u) ** 2 * v + 2 * u
+    assert noise.variance_ratio(torch.tensor(u, dtype=torch.float64), gamma, T).item() == pytest.approx(v, rel=1e-12)

@@ -1,0 +1,120 @@
+"""EMA, data order, draws, the training step: exact recursions, resume, the official trace's first losses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from ncsn.networks import NCSNv2
+from ncsn.noise import geometric_sigmas
+from ncsn.training import EMA, NonFiniteLossError, TrainState, data_order, train_draws, train_step
+
+SIGMAS = geometric_sigmas(2.0, 0.1, 5)
+
+
+def _state():
+    torch.manual_seed(0)
+    return TrainState(NCSNv2(channels=1, width=4), learning_rate=1e-3, adam_eps=1e-8, ema_decay=0.99)
+
+
+def _advance(state, steps):
+    losses = []
+    while state.step < steps:
+        index = torch.arange(state.step * 6, state.step * 6 + 6)
+        level, z = train_draws(SIGMAS, torch.Size((1, 4, 4)), seed=1, index=index)
+        x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(state.step))
+        losses.append(train_step(state, x, SIGMAS[level].float(), z))
+    return losses
+
+
+def test_ema_follows_its_recursion_and_copies_buffers():
+    model = nn.BatchNorm1d(3)
+    ema = EMA(model, 0.9)
+    expected = model.weight.detach().clone()
+    for n in range(1, 200):
+        with torch.no_grad():
+            model.weight.normal_(generator=torch.Generator().manual_seed(n))
+            model.running_mean.fill_(n)
+        ema.update(model)
+        m = min(0.9, (1 + n) / (10 + n))
+        expected = m * expected + (1 - m) * model.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert not ema.model.weight.requires_grad
+
+
+def test_ema_forgets_the_initial_weights_early():
+    model = nn.Linear(4, 4, bias=False)
+    start = model.weight.detach().clone()
+    ema = EMA(model, 0.9999)
+    with torch.no_grad():
+        model.weight.add_(1)
+    for _ in range(50):
+        ema.update(model)
+    average = ema.model.weight
+    assert (average - model.weight).norm() < (average - start).norm()
+
+
+def test_data_order_visits_every_image_once_an_epoch_and_any_part_agrees():
+    whole = data_order(10, seed=3, first=0, count=35)
+    for epoch in range(3):
+        assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
+    assert not torch.equal(whole[:10], whole[10:20])
+    parts = [data_order(10, seed=3, first=k, count=5) for k in range(0, 35, 5)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(data_order(10, seed=3, first=7, count=21), whole[7:28])
+
+
+def test_draws_belong_to_the_sample_and_cover_the_levels_evenly():
+    index = torch.arange(10_000)
+    level, z = train_draws(SIGMAS, torch.Size((1, 2, 2)), seed=0, index=index)
+    part_level, part_z = train_draws(SIGMAS, torch.Size((1, 2, 2)), seed=0, index=index[100:107])
+    assert torch.equal(part_level, level[100:107])
+    assert torch.equal(part_z, z[100:107])
+    counts = torch.bincount(level, minlength=5).double()
+    assert ((counts - 2000) ** 2 / 2000).sum() < 4 + 5 * 8**0.5
+
+
+def test_loss_falls():
+    losses = _advance(_state(), 60)
+    first, last = torch.cat(losses[:10]).mean(), torch.cat(losses[-10:]).mean()
+    assert last < 0.8 * first
+
+
+def test_a_state_that_was_saved_goes_on_to_the_same_bits():
+    unbroken = _state()
+    _advance(unbroken, 7)
+    first = _state()
+    _advance(first, 4)
+    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    second = _state()
+    second.load_state_dict(saved)
+    assert second.step == 4
+    _advance(second, 7)
+    expected, got = unbroken.state_dict(), second.state_dict()
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+
+
+def test_a_missing_tensor_is_an_error():
+    state = _state()
+    _advance(state, 1)
+    tensors = state.state_dict()
+    del tensors["model.begin_conv.weight"]
+    with pytest.raises(RuntimeError, match=r"begin_conv\.weight"):
+        _state().load_state_dict(tensors)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
+    state = _state()
+    _advance(state, 3)
+    before = copy.deepcopy(state.model.state_dict())
+    x = torch.zeros(2, 1, 4, 4)
+    x[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match=r"loss nan at step 3, noise level sigma=0\.5") as caught:
+        train_step(state, x, torch.tensor([1.0, 0.5]), torch.zeros_like(x))
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
