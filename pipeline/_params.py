@@ -1,0 +1,230 @@
+"""The parameters of every stage: params.yaml, checked once, as typed values.
+
+`conf/` holds the choices; `dvc exp run -S group=option` or `python -m pipeline.compose` writes them out as
+params.yaml; `load` reads that file. Every value has one default, in `conf/`, and one rule, here.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+class ParamsError(ValueError):
+    """A parameter that cannot be used; the message is one line with the full key, the value and what is allowed."""
+
+
+def _rule(allowed: str, holds: Callable[[Any], bool] = lambda value: True) -> Any:
+    """A field whose values satisfy `holds`, described for people by `allowed`."""
+    return dataclasses.field(metadata={"allowed": allowed, "holds": holds})
+
+
+def _one_of(*names: str) -> Any:
+    return _rule(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def _whole(least: int) -> Any:
+    return _rule(f"a whole number >= {least}", lambda value: value is None or value >= least)
+
+
+def _seed() -> Any:
+    return _rule("a whole number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+
+
+def _positive() -> Any:
+    return _rule("a number > 0", lambda value: value is None or 0 < value < float("inf"))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set and its split. `root` is a folder or archive, for the sets that are read from disk."""
+
+    name: str = _one_of("digits", "fashion_mnist", "patches", "image_folder")
+    root: str | None = _rule("a path")
+    resolution: int | None = _whole(2)
+    channels: int | None = _rule("1 or 3", lambda value: value in (1, 3, None))
+    test_fraction: float = _rule("a number between 0 and 1", lambda value: 0 < value < 1)
+    seed: int = _seed()
+    flip: bool = _rule("true or false")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The score network."""
+
+    name: str = _one_of("ncsnv2")
+    width: int = _whole(2)
+    act: str = _one_of("elu", "relu", "lrelu", "swish")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise levels; null means: computed from the data (Techniques 1, 2 and 4)."""
+
+    spacing: str = _one_of("geometric", "linear")
+    sigma_1: float | None = _positive()
+    sigma_L: float = _positive()
+    L: int | None = _whole(2)
+    steps_per_level: int = _whole(1)
+    epsilon: float | None = _positive()
+
+
+@dataclass(frozen=True)
+class Features:
+    """The classifier whose features FID, IS and KID are computed in."""
+
+    steps: int = _whole(1)
+    batch_size: int = _whole(2)
+    learning_rate: float = _positive()
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Train:
+    """Denoising score matching."""
+
+    steps: int = _whole(1)
+    batch_size: int = _whole(1)
+    learning_rate: float = _positive()
+    adam_eps: float = _positive()
+    ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
+    log_every: int = _whole(1)
+    save_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
+    preview_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Annealed Langevin sampling."""
+
+    n: int = _whole(1)
+    shard_size: int = _whole(1)
+    denoise: bool = _rule("true or false")
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The metrics."""
+
+    extractor: str = _one_of("auto", "classifier", "inception-v3-compat")
+    inception_weights: str | None = _rule("a path")
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how wide it runs; no stage depends on it, so it never makes a result stale."""
+
+    workers: int = _whole(1)
+    ray_address: str | None = _rule("host:port of a Ray cluster")
+    tracking_uri: str = _rule("an MLflow tracking URI; the variable MLFLOW_TRACKING_URI takes precedence")
+    experiment: str = _rule("a name", lambda value: bool(value))
+
+
+@dataclass(frozen=True)
+class Params:
+    """Everything in params.yaml."""
+
+    data: Data
+    model: Model
+    noise: Noise
+    features: Features
+    train: Train
+    sample: Sample
+    evaluate: Evaluate
+    runtime: Runtime
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ParamsError: On an unreadable file, an unknown or missing key, a wrong type or an impossible value.
+    """
+    try:
+        tree = plain(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise ParamsError(f"{path} does not exist: write it with `python -m pipeline.compose`") from error
+    except YAMLError as error:
+        raise ParamsError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return parse(tree)
+
+
+def plain(config: Any) -> Any:
+    """An OmegaConf tree as plain dictionaries, lists and values; raises ParamsError if a reference leads nowhere."""
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ParamsError(" ".join(str(error).split())) from error
+
+
+def to_yaml(tree: Any) -> str:
+    """Plain values as the text of params.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def parse(tree: Any) -> Params:
+    """Turn nested dictionaries into checked `Params`; raises ParamsError as `load` does."""
+    params: Params = _build(Params, tree, "")
+    for name in ("save_every", "preview_every"):
+        value = getattr(params.train, name)
+        if value % params.train.log_every:
+            raise ParamsError(f"train.{name}={value}: expected a multiple of train.log_every={params.train.log_every}")
+    if params.train.batch_size % params.runtime.workers:
+        raise ParamsError(
+            f"runtime.workers={params.runtime.workers}: expected a divisor of "
+            f"train.batch_size={params.train.batch_size}"
+        )
+    if params.noise.sigma_1 is not None and params.noise.sigma_1 <= params.noise.sigma_L:
+        raise ParamsError(
+            f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
+        )
+    return params
+
+
+def as_dict(params: Params, *sections: str) -> dict[str, Any]:
+    """The named sections (all by default) as nested dictionaries, for hashing and logging."""
+    tree = dataclasses.asdict(params)
+    return {name: tree[name] for name in sections or tree}
+
+
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(tree, dict):
+        raise ParamsError(f"{prefix.rstrip('.') or 'params.yaml'}={tree!r}: expected the keys {', '.join(fields)}")
+    for key, value in tree.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise ParamsError(f"{prefix}{key}={value!r}: unknown key, allowed are {', '.join(fields)}{hint}")
+    values = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        if key not in tree:
+            raise ParamsError(f"{prefix}{key} is missing: write params.yaml anew with `python -m pipeline.compose`")
+        values[key] = (
+            _build(kind, tree[key], f"{key}.")
+            if dataclasses.is_dataclass(kind)
+            else _value(kind, tree[key], f"{prefix}{key}", fields[key].metadata)
+        )
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, key: str, rule: Any) -> Any:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if value == "???":
+        raise ParamsError(f"{key} is not given: expected {rule['allowed']}, for instance -S {key}=...")
+    if type(value) not in kinds or not rule["holds"](value):
+        raise ParamsError(f"{key}={value!r}: expected {rule['allowed']}{' or null' * (type(None) in kinds)}")
+    return value

@@ -1,0 +1,36 @@
+"""Arrays of images as pictures a person can look at."""
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from ncsn import images
+from pipeline._store import replacing
+
+SIDE = 480  # pixels a picture should have at least, on its longer side
+
+
+def grid_picture(tiles: Tensor, columns: int) -> Image.Image:
+    """Tile uint8 images (N, C, H, W) into one picture, each pixel enlarged by a whole factor."""
+    canvas = images.grid(tiles, columns)
+    factor = max(1, -(-SIDE // max(canvas.shape[1:])))
+    canvas = canvas.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    pixels = canvas.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_gif(frames: list[Tensor], columns: int, path: Path, *, seconds: float = 4.0) -> None:
+    """Write an animation of grids of uint8 images (N, C, H, W); the last frame stays for two seconds."""
+    pictures = [grid_picture(frame, columns).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    durations = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [2000]
+    with replacing(path) as part:
+        pictures[0].save(
+            part, format="gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
+        )
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG atomically."""
+    with replacing(path) as part:
+        picture.save(part, format="png")

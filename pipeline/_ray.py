@@ -1,0 +1,168 @@
+"""Functions on N Ray workers; the only importer of ray.
+
+`train` runs one function in lockstep on every worker (Ray Train), `shards` maps one over independent pieces of work
+(a pool of actors). What they run knows nothing of Ray: it is handed a `World`.
+"""
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.torch
+import torch
+from ray.experimental import tqdm_ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from torch import Tensor, nn
+
+from pipeline import _params
+from pipeline._stage import log
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class World:
+    """Which worker this is, of how many, and what the workers do together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, such that a backward pass averages the gradients over the workers."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the workers, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def progress(self, total: int, *, initial: int, unit: str) -> Any:
+        """A progress bar that worker 0 moves and the driver's terminal shows."""
+        bar = tqdm_ray.tqdm(total=total, unit=unit)
+        bar.update(initial)
+        return bar
+
+
+@contextmanager
+def cluster(runtime: _params.Runtime) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS") or runtime.ray_address
+    # A folder of our own: traces of other Ray versions and clusters in the default one slow each start down.
+    local = {"num_cpus": max(_cores(), runtime.workers), "include_dashboard": False, "_temp_dir": _local_folder()}
+    ray.init(
+        address or "local",
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": _quiet},
+        **({} if address else local),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: Path) -> None:
+    """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has as many.
+
+    Args:
+        fn: A function of an importable module; it keeps its own checkpoints.
+        job: Any value that can be pickled.
+        workers: How many.
+        storage: Folder for Ray Train's own notes.
+
+    Raises:
+        Exception: What fn raised, on the first worker that did.
+    """
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={"fn": fn, "job": job, "threads": _threads(workers)},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=_gpus() >= workers),
+        run_config=RunConfig(
+            name="ray", storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise next(iter(error.worker_failures.values())) from error
+
+
+def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], *, workers: int) -> Iterator[tuple[Any, Any]]:
+    """Yield (job, make()(job)) in the order of completion; a worker that dies is replaced and its job repeated.
+
+    Args:
+        make: Called once on each worker; loads what all its jobs need.
+        jobs: Independent pieces of work, safe to repeat.
+        workers: How many.
+    """
+    waiting, running = list(reversed(jobs)), {}
+    options = {"num_gpus": 1} if _gpus() >= workers else {"num_cpus": 1}
+    worker = ray.remote(max_restarts=3, max_task_retries=3, **options)(_ShardWorker)
+    for _ in range(min(workers, len(jobs))):
+        actor = worker.remote(make, _threads(workers))
+        job = waiting.pop()
+        running[actor.run.remote(job)] = actor, job
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        actor, job = running.pop(done)
+        yield job, ray.get(done)
+        if waiting:
+            following = waiting.pop()
+            running[actor.run.remote(following)] = actor, following
+
+
+class _ShardWorker:
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.fn = make()
+
+    def run(self, job: Any) -> Any:
+        return self.fn(job)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    torch.set_num_threads(config["threads"])
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    config["fn"](config["job"], world)
+
+
+def _quiet() -> None:
+    """Ray Train's placement-group cleaner complains each second of a local cluster without a dashboard.
+
+    It guards against what cannot happen there, a placement group that outlives its driver: the cluster does not.
+    """
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
+def _gpus() -> float:
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def _cores() -> int:
+    return torch.get_num_threads()
+
+
+def _threads(workers: int) -> int:
+    return max(1, _cores() // workers)
+
+
+def _local_folder() -> str:
+    """Short, since paths of Unix sockets must stay under 108 bytes; one for each user of the machine."""
+    return str(Path(tempfile.gettempdir()) / f"ncsn-ray-{os.getuid()}")

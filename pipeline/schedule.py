@@ -1,0 +1,100 @@
+"""Choose the noise levels: sigma_1, L and epsilon from the data (Techniques 1, 2 and 4), or as given.
+
+Reads out/data and the section `noise`; writes out/schedule/schedule.json and schedule.png.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ncsn import images, noise
+from pipeline import _params, _stage, _track, prepare
+from pipeline._stage import log
+from pipeline._store import read_json, replacing_folder, write_json
+
+OUT = Path("out/schedule")
+
+
+def main(params: _params.Params) -> None:
+    with _track.run(params) as run:
+        x, _ = prepare.load("train")
+        schedule = choose(params.noise, images.to_float(torch.from_numpy(np.array(x))))
+        for key in ("sigma_1", "L", "epsilon"):
+            log.info("%s = %.6g (%s)", key, schedule[key], schedule["how"][key])
+        with replacing_folder(OUT) as folder:
+            write_json(folder / "schedule.json", schedule)
+            plot(schedule, folder / "schedule.png")
+        run.params({"schedule": {key: schedule[key] for key in ("sigma_1", "sigma_L", "L", "epsilon")}})
+        run.artifact(OUT)
+
+
+def load(folder: Path = OUT) -> dict[str, Any]:
+    """The schedule that `main` wrote; its "sigmas" and "step_sizes" are lists."""
+    schedule: dict[str, Any] = read_json(folder / "schedule.json")
+    return schedule
+
+
+def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
+    """The schedule for images x in [0, 1], shape (N, C, H, W): what is given is kept, what is null is computed."""
+    dim, T = x[0].numel(), given.steps_per_level
+    how = dict.fromkeys(("sigma_1", "L", "epsilon"), "given")
+    sigma_1, L, epsilon = given.sigma_1, given.L, given.epsilon
+    if sigma_1 is None:
+        sigma_1 = noise.suggest_sigma_1(x)
+        how["sigma_1"] = "Technique 1: the largest distance between two training images"
+        if len(x) > noise.PAIRWISE_LIMIT:
+            how["sigma_1"] += f", among {noise.PAIRWISE_SAMPLE:,} of {len(x):,}"
+    if sigma_1 <= given.sigma_L:
+        raise _params.ParamsError(f"noise.sigma_L={given.sigma_L}: expected less than sigma_1={sigma_1:.4g}")
+    if L is None:
+        L = noise.suggest_levels(sigma_1, given.sigma_L, dim)
+        how["L"] = "Technique 2: neighbouring levels overlap by 0.5"
+    ladder = noise.geometric_sigmas if given.spacing == "geometric" else noise.linear_sigmas
+    sigmas = ladder(sigma_1, given.sigma_L, L)
+    if epsilon is None:
+        epsilon = noise.suggest_epsilon(sigmas, T)
+        how["epsilon"] = f"Technique 4 for T = {T} steps a level"
+    return {
+        "spacing": given.spacing,
+        "sigma_1": sigma_1,
+        "sigma_L": given.sigma_L,
+        "L": L,
+        "gamma": float(sigmas[0] / sigmas[1]) if given.spacing == "geometric" else None,
+        "steps_per_level": T,
+        "epsilon": epsilon,
+        "dim": dim,
+        "how": how,
+        "sigmas": sigmas.tolist(),
+        "step_sizes": noise.langevin_step_sizes(sigmas, epsilon).tolist(),
+    }
+
+
+def plot(schedule: dict[str, Any], path: Path) -> None:
+    """Draw the levels with their step sizes, and the variance ratio that Technique 4 brings near 1."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels = range(1, schedule["L"] + 1)
+    left.semilogy(levels, schedule["sigmas"], "o-", ms=3, label=r"$\sigma_i$ (pixel units)")
+    left.semilogy(levels, schedule["step_sizes"], "s-", ms=3, label=r"step size $\alpha_i$")
+    left.set(
+        xlabel="level i",
+        title=f"{schedule['L']} {schedule['spacing']} levels, {schedule['steps_per_level']} steps each",
+    )
+    left.legend()
+    gamma = (schedule["sigma_1"] / schedule["sigma_L"]) ** (1 / (schedule["L"] - 1))
+    u = torch.logspace(-4, 0, 400, dtype=torch.float64)
+    sigma_L = schedule["sigma_L"]
+    right.semilogx(u * sigma_L**2, noise.variance_ratio(u, gamma, schedule["steps_per_level"]).sqrt())
+    right.axvline(schedule["epsilon"], color="C1", label=rf"$\epsilon$ = {schedule['epsilon']:.3g}")
+    right.axhline(1, color="0.7", lw=1)
+    right.set(xlabel=r"$\epsilon$", ylabel=r"$s_T / \sigma_i$", title="noise left after a level, over the level's own")
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    _stage.run("schedule", __doc__, main)

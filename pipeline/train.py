@@ -1,0 +1,248 @@
+"""Train the score network by denoising score matching, on Ray Train.
+
+Reads out/data, out/schedule and the sections `model` and `train`; writes out/train: the averaged weights, the initial
+ones, the loss curves and previews. Checkpoints lie in runs/, under a name that hashes parameters, data and code: the
+same command goes on from the newest one, on a CPU to the same bits as a run that was never broken.
+"""
+
+import csv
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ncsn import images, random, samplers
+from ncsn.networks import NCSNv2
+from ncsn.training import TrainState, data_order, train_draws, train_step
+from pipeline import _params, _ray, _stage, _track, prepare, schedule
+from pipeline._pictures import grid_picture, save_png
+from pipeline._stage import StageError, log
+from pipeline._store import code_digest, fingerprint, read_json, replacing_folder, sha256, write_json
+
+OUT = Path("out/train")
+RUNS = Path("runs")
+KEEP = 2  # checkpoints: the newest, and one more in case the newest is damaged
+PREVIEW = 25  # images
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to train; a plain value."""
+
+    params: _params.Params
+    data: Path
+    shape: tuple[int, ...]
+    schedule: dict[str, Any]
+    folder: Path
+    run: _track.Run
+
+
+def main(params: _params.Params) -> None:
+    manifest, levels = prepare.manifest(), schedule.load()
+    identity = {
+        "params": _params.as_dict(params, "model", "train"),
+        "flip": params.data.flip,
+        "data": manifest["splits"]["train"]["sha256"],
+        "sigmas": levels["sigmas"],
+        "code": code_digest(
+            "ncsn/networks", "ncsn/losses.py", "ncsn/training.py", "ncsn/random.py", "pipeline/train.py"
+        ),
+    }
+    folder = (RUNS / f"train-{fingerprint(identity)}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("run folder %s", folder)
+    with _track.run(params) as run:
+        job = Job(params, prepare.OUT.resolve() / "train.npy", tuple(manifest["shape"]), levels, folder, run)
+        try:
+            with _ray.cluster(params.runtime):
+                _ray.train(fit, job, workers=params.runtime.workers, storage=folder)
+        except FloatingPointError as error:
+            kept = [path.name for path in checkpoints(folder)]
+            raise StageError(f"{error}; last good checkpoint: {kept[0] if kept else 'none'} in {folder}") from error
+        publish(job, fingerprint(identity))
+        run.artifact(OUT / "loss.csv", "train")
+        run.artifact(OUT / "loss_per_level.csv", "train")
+
+
+def build(network: dict[str, Any]) -> nn.Module:
+    """The score network that model.json describes."""
+    return NCSNv2(channels=network["channels"], width=network["width"], act=network["act"])
+
+
+def fit(job: Job, world: _ray.World) -> None:
+    """The training loop, on each worker; how many there are changes the numbers by float summation alone."""
+    p = job.params.train
+    data = np.load(job.data, mmap_mode="r")
+    sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64)
+    state, curves = start(job, world)
+    forward = world.wrap(state.model)
+    window = torch.zeros(len(sigmas), 2, dtype=torch.float64)  # since the last row of the curves: losses, count
+    bar = world.progress(p.steps, initial=state.step, unit="step") if world.rank == 0 else None
+    while state.step < p.steps:
+        x, level, z = batch(job, data, sigmas, state.step, world)
+        sigma = sigmas[level].float()
+        loss = train_step(state, x.to(world.device), sigma.to(world.device), z.to(world.device), forward=forward)
+        window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
+        if due(state.step, p.log_every, p.steps):
+            curves = torch.cat([curves, row(state.step, world.sum(window))])
+            window.zero_()
+        if bar is not None:
+            bar.update(1)
+            observe(job, state, curves)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and after the last one, is to be done now."""
+    return step % every == 0 or step == last
+
+
+def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.World) -> tuple[Tensor, Tensor, Tensor]:
+    """This worker's share of a global batch: images (B, C, H, W) in [0, 1], levels (B,), noise shaped like the images.
+
+    Everything is a function of the seed and of the samples' global numbers.
+    """
+    p = job.params.train
+    share = p.batch_size // world.size
+    first = step * p.batch_size + world.rank * share
+    index = torch.arange(first, first + share)
+    x = images.to_float(torch.from_numpy(data[data_order(len(data), seed=p.seed, first=first, count=share).numpy()]))
+    if job.params.data.flip:
+        flipped = random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0] < 0.5
+        x[flipped] = x[flipped].flip(-1)
+    level, z = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index)
+    return x, level, z
+
+
+def row(step: int, window: Tensor) -> Tensor:
+    """One row of the curves, shape (1, 2 + L): step, mean loss, mean loss of each level (NaN where there was none)."""
+    total = window.sum(0)
+    return torch.cat([torch.tensor([step, total[0] / total[1]]), window[:, 0] / window[:, 1]])[None]
+
+
+def observe(job: Job, state: TrainState, curves: Tensor) -> None:
+    """What worker 0 does beside training: log, save, draw."""
+    p = job.params.train
+    if due(state.step, p.log_every, p.steps):
+        job.run.metrics({"train/loss": float(curves[-1, 1])}, state.step)
+    if due(state.step, p.save_every, p.steps):
+        save(job.folder, state, curves)
+    if due(state.step, p.preview_every, p.steps):
+        preview(job, state)
+
+
+def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
+    """The newest sound checkpoint, or the initial state."""
+    p = job.params
+    network = {"channels": job.shape[0], "width": p.model.width, "act": p.model.act}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(p.train.seed)
+        model = build(network).to(world.device).to(memory_format=torch.channels_last)
+    state = TrainState(
+        model, learning_rate=p.train.learning_rate, adam_eps=p.train.adam_eps, ema_decay=p.train.ema_decay
+    )
+    curves = torch.empty(0, 2 + job.schedule["L"], dtype=torch.float64)
+    for folder in checkpoints(job.folder):
+        file = folder / "state.safetensors"
+        if not file.is_file() or sha256(file) != read_json(folder / "meta.json")["sha256"]:
+            log.warning("checkpoint %s is damaged and skipped", folder)
+            continue
+        tensors = load_file(file)
+        curves = tensors.pop("curves")
+        state.load_state_dict(tensors)
+        log.info("going on from %s", folder)
+        return state, curves
+    if world.rank == 0:
+        save(job.folder, state, curves)
+    return state, curves
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def save(folder: Path, state: TrainState, curves: Tensor) -> None:
+    """Write a checkpoint folder atomically and delete old ones, but for the initial one and the newest `KEEP`.
+
+    Raises:
+        FloatingPointError: If a weight is not finite; nothing is written.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"{bad[0]} is not finite at step {state.step}: lower the learning rate")
+    with replacing_folder(folder / f"step_{state.step:08d}") as part:
+        save_file(tensors | {"curves": curves}, part / "state.safetensors")
+        write_json(part / "meta.json", {"step": state.step, "sha256": sha256(part / "state.safetensors")})
+    for old in checkpoints(folder)[KEEP:-1]:
+        shutil.rmtree(old)
+
+
+def preview(job: Job, state: TrainState) -> None:
+    """Draw a few images with the averaged weights, always from the same noise, as a file and in MLflow."""
+    index = torch.arange(PREVIEW)
+    device = next(state.model.parameters()).device
+    noise = random.seeded_noise(job.params.sample.seed, index.to(device))
+    x = samplers.annealed_langevin(
+        state.ema.model,
+        random.start_images(job.params.sample.seed, index.to(device), job.shape),
+        torch.tensor(job.schedule["sigmas"]),
+        epsilon=job.schedule["epsilon"],
+        steps_per_level=job.schedule["steps_per_level"],
+        noise=noise,
+    )
+    picture = grid_picture(images.to_uint8(x.cpu()), columns=5)
+    save_png(picture, job.folder / "previews" / f"step_{state.step:08d}.png")
+    job.run.image(np.asarray(picture), "train/samples", state.step)
+
+
+def publish(job: Job, name: str) -> None:
+    """Write out/train from the last checkpoint of the run folder."""
+    last, first = checkpoints(job.folder)[0], checkpoints(job.folder)[-1]
+    tensors, initial = load_file(last / "state.safetensors"), load_file(first / "state.safetensors")
+    p = job.params
+    with replacing_folder(OUT) as out:
+        for kind, source, prefix in (("ema", tensors, "ema."), ("initial", initial, "model.")):
+            weights = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
+            save_file(weights, out / f"{kind}.safetensors")
+        write_json(
+            out / "model.json",
+            {
+                "network": {"name": p.model.name, "channels": job.shape[0], "width": p.model.width, "act": p.model.act},
+                "step": int(tensors["step"]),
+                "parameters": sum(value.numel() for value in weights.values()),
+                "ema_decay": p.train.ema_decay,
+                "seed": p.train.seed,
+                "fingerprint": name,
+                "sha256": {kind: sha256(out / f"{kind}.safetensors") for kind in ("ema", "initial")},
+            },
+        )
+        write_curves(tensors["curves"], out)
+        shutil.copytree(job.folder / "previews", out / "previews")
+
+
+def write_curves(curves: Tensor, folder: Path) -> None:
+    """Write loss.csv (step, loss) and loss_per_level.csv (step, level_0, ...; empty where there was no sample)."""
+    for name, columns, values in (
+        ("loss", ["loss"], curves[:, [0, 1]]),
+        (
+            "loss_per_level",
+            [f"level_{i}" for i in range(curves.shape[1] - 2)],
+            curves[:, [0, *range(2, curves.shape[1])]],
+        ),
+    ):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["step", *columns])
+            for step, *losses in values.tolist():
+                writer.writerow([int(step), *("" if math.isnan(loss) else f"{loss:.6g}" for loss in losses)])
+
+
+if __name__ == "__main__":
+    _stage.run("train", __doc__, main)

@@ -1,0 +1,34 @@
+"""Fixtures for the stages: checked parameters from conf/, and an empty folder to run in."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import _params
+from pipeline.compose import compose
+
+Compose = Callable[..., _params.Params]
+
+
+@pytest.fixture(scope="session")
+def compose_params() -> Compose:
+    """Params from conf/ with overrides: compose_params("data=patches", "data.resolution=16").
+
+    A composition takes a quarter of a second, so each is done once; dataclasses.replace changes one at no cost.
+    """
+    return functools.cache(lambda *overrides: _params.parse(compose(list(overrides))))
+
+
+@pytest.fixture
+def params(compose_params: Compose) -> _params.Params:
+    """The default Params; change them with dataclasses.replace."""
+    return compose_params()
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new empty folder, made the current one, so that out/ lands there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

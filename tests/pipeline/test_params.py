@@ -1,0 +1,128 @@
+"""params.yaml: the committed file is the composition, and bad values end in one line that names them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import _params
+from pipeline.compose import CONF, compose
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_committed_file_is_the_composition():
+    assert _params.load(ROOT / "params.yaml") == _params.parse(compose([]))
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(option):
+    _params.parse(compose([f"experiment={option}"]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=fashion_mnist"],
+        ["data=patches"],
+        ["data=image_folder", "data.root=x", "data.resolution=32"],
+        ["noise=ncsn"],
+    ],
+)
+def test_every_group_option_composes(overrides):
+    _params.parse(compose(overrides))
+
+
+def test_an_override_reaches_its_key_with_its_type():
+    params = _params.parse(compose(["noise.L=20", "train.learning_rate=1", "data=fashion_mnist"]))
+    assert params.noise.L == 20
+    assert params.train.learning_rate == 1.0
+    assert isinstance(params.train.learning_rate, float)
+    assert params.data.name == "fashion_mnist"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=abc", "train.batch_size='abc': expected a whole number >= 1"),
+        ("train.batch_size=0", "train.batch_size=0: expected a whole number >= 1"),
+        ("train.batch_size=1.5", "train.batch_size=1.5: expected a whole number >= 1"),
+        ("train.batch_size=true", "train.batch_size=True: expected a whole number >= 1"),
+        ("train.batch_size=null", "train.batch_size=None: expected a whole number >= 1"),
+        ("noise.L=1", "noise.L=1: expected a whole number >= 2 or null"),
+        ("noise.sigma_L=-1", "noise.sigma_L=-1.0: expected a number > 0"),
+        ("noise.sigma_1=0.001", "noise.sigma_1=0.001: expected more than noise.sigma_L=0.01"),
+        ("train.ema_decay=1", "train.ema_decay=1.0: expected a number from 0 to less than 1"),
+        ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
+        ("data.flip=1", "data.flip=1: expected true or false"),
+        ("data.name=cifar", "data.name='cifar': expected one of digits, fashion_mnist, patches, image_folder"),
+        ("data.channels=2", "data.channels=2: expected 1 or 3 or null"),
+        ("runtime.workers=7", "runtime.workers=7: expected a divisor of train.batch_size=64"),
+        ("train.save_every=30", "train.save_every=30: expected a multiple of train.log_every=20"),
+        ("+train.batchsize=3", "train.batchsize=3: unknown key, allowed are steps, batch_size, "),
+        ("+train.batchsize=3", "did you mean train.batch_size?"),
+        ("~train.seed", "train.seed is missing: write params.yaml anew with `python -m pipeline.compose`"),
+        ("noise=manual", "noise.sigma_1 is not given: expected a number > 0, for instance -S noise.sigma_1=..."),
+        ("+extra=1", "extra=1: unknown key, allowed are data, model, "),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(override, message):
+    with pytest.raises(_params.ParamsError) as caught:
+        _params.parse(compose([override]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=cifar", "data/cifar"),
+        ("train.batchsize=3", "train.batchsize"),
+        ("nonsense", "nonsense"),
+        ("train=null", "must be a string or a list"),
+    ],
+)
+def test_overrides_that_hydra_refuses_end_in_one_line(override, message):
+    with pytest.raises(_params.ParamsError) as caught:
+        compose([override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(_params.ParamsError, match=r"missing.yaml does not exist: write it with"):
+        _params.load(tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("data: [1, 2")
+    with pytest.raises(_params.ParamsError, match=r"broken.yaml cannot be read"):
+        _params.load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(_params.ParamsError, match=r"expected the keys data, model"):
+        _params.load(tmp_path / "list.yaml")
+
+
+def test_a_stage_ends_in_that_one_line_and_a_status(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("batch_size: 64", "batch_size: abc")
+    (tmp_path / "params.yaml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.schedule", "--params", str(tmp_path / "params.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: features.batch_size='abc': expected a whole number >= 2"]
+
+
+def test_compose_writes_the_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.compose", "noise.L=20"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert _params.load(tmp_path / "params.yaml").noise.L == 20

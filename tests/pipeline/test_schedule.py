@@ -1,0 +1,53 @@
+"""The stage `schedule`: computed from the data, or as given."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ncsn import noise
+from pipeline import _params, schedule
+
+
+def _images():
+    return torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_null_means_computed_from_the_data(params):
+    chosen = schedule.choose(params.noise, _images())
+    distances = torch.cdist(_images().flatten(1), _images().flatten(1))
+    assert chosen["sigma_1"] == pytest.approx(distances.max().item(), rel=1e-5)
+    assert chosen["L"] == noise.suggest_levels(chosen["sigma_1"], params.noise.sigma_L, 64)
+    assert chosen["sigmas"] == noise.geometric_sigmas(chosen["sigma_1"], params.noise.sigma_L, chosen["L"]).tolist()
+    steps = torch.tensor(chosen["step_sizes"])
+    assert steps[-1] == pytest.approx(chosen["epsilon"])
+    assert [how.split(":")[0] for how in chosen["how"].values()][:2] == ["Technique 1", "Technique 2"]
+
+
+def test_what_is_given_is_kept(params):
+    given = dataclasses.replace(params.noise, sigma_1=3.0, L=7, epsilon=1e-4, spacing="linear")
+    chosen = schedule.choose(given, _images())
+    assert (chosen["sigma_1"], chosen["L"], chosen["epsilon"]) == (3.0, 7, 1e-4)
+    assert chosen["sigmas"] == noise.linear_sigmas(3.0, 0.01, 7).tolist()
+    assert set(chosen["how"].values()) == {"given"}
+
+
+def test_only_one_given_leaves_the_others_to_the_data(params):
+    chosen = schedule.choose(dataclasses.replace(params.noise, L=20), _images())
+    assert chosen["L"] == 20
+    sigmas = torch.tensor(chosen["sigmas"], dtype=torch.float64)
+    assert chosen["epsilon"] == noise.suggest_epsilon(sigmas, params.noise.steps_per_level)
+
+
+def test_a_last_level_above_the_data_is_refused(params):
+    with pytest.raises(_params.ParamsError, match=r"noise.sigma_L=50.0: expected less than sigma_1="):
+        schedule.choose(dataclasses.replace(params.noise, sigma_L=50.0), _images())
+
+
+def test_the_plot_is_a_picture(params, tmp_path):
+    from PIL import Image
+
+    for spacing in ("geometric", "linear"):
+        chosen = schedule.choose(dataclasses.replace(params.noise, spacing=spacing), _images())
+        schedule.plot(chosen, tmp_path / "schedule.png")
+        assert Image.open(tmp_path / "schedule.png").size == (1080, 408)

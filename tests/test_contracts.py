@@ -1,0 +1,116 @@
+"""What the repository promises about itself."""
+
+import importlib.metadata
+import itertools
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def torch_and_numpy(tmp_path_factory):
+    """A folder with links to torch, numpy and what those two require: an environment with nothing else installed."""
+    folder = tmp_path_factory.mktemp("site")
+    wanted, seen = ["torch", "numpy"], set()
+    while wanted:
+        name = wanted.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a requirement of another platform
+        for requirement in distribution.requires or []:
+            if "extra ==" not in requirement:
+                wanted.append(re.match(r"[\w.-]+", requirement).group().lower())
+        for top in {file.parts[0] for file in distribution.files}:
+            link = folder / top
+            if top != ".." and not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+    return folder
+
+
+def _run_with(folder, code):
+    """Run code in an interpreter whose only packages are those in `folder`."""
+    start = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\n"
+    return subprocess.run(
+        [sys.executable, "-S", "-E", "-c", start + code], capture_output=True, text=True, cwd=folder, check=False
+    )
+
+
+def test_the_library_needs_torch_and_numpy_alone(torch_and_numpy):
+    code = (
+        "import pkgutil, importlib, ncsn\n"
+        "for module in pkgutil.walk_packages(ncsn.__path__, 'ncsn.'): importlib.import_module(module.name)\n"
+        "print(sorted(name for name in sys.modules if name.startswith('ncsn.')))"
+    )
+    done = _run_with(torch_and_numpy, code)
+    assert done.returncode == 0, done.stderr
+    assert "'ncsn.networks.ncsnv2'" in done.stdout
+
+
+@pytest.mark.parametrize("package", ["tqdm", "ray", "scipy", "safetensors"])
+def test_that_environment_has_nothing_else(torch_and_numpy, package):
+    done = _run_with(torch_and_numpy, f"import {package}")
+    assert f"No module named '{package}'" in done.stderr
+
+
+def test_importing_the_library_loads_nothing_more_than_torch_does():
+    code = (
+        "import sys, torch, numpy\nbefore = set(sys.modules)\nimport ncsn, ncsn.training, ncsn.samplers, ncsn.metrics\n"
+    )
+    code += "print({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    modules = eval(done.stdout)
+    assert modules <= {"ncsn", "torch", "numpy"}
+
+
+def test_the_lock_names_no_index_and_pins_everything():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.match(r"[\w.-]+(\[[\w,-]+\])?==", pin) for pin in pins)
+    assert not any("://" in line or "--index" in line or "--find-links" in line for line in lines)
+
+
+def test_the_lock_covers_every_declared_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    pinned = {re.split(r"[=\[;]", line)[0].strip() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    for requirement in declared:
+        assert re.match(r"[\w.-]+", requirement).group().lower() in pinned
+
+
+def test_stages_list_their_own_module_and_existing_dependencies_and_never_runtime():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == ["prepare", "schedule", "features", "train", "sample", "evaluate", "report"]
+    outs = {out for stage in stages.values() for out in [*stage.get("outs", []), *stage.get("metrics", [])]}
+    for name, stage in stages.items():
+        assert stage["cmd"] == f"python -m pipeline.{name}"
+        assert f"pipeline/{name}.py" in stage["deps"]
+        for dependency in stage["deps"]:
+            assert dependency in outs or (ROOT / dependency).exists(), dependency
+        assert not any(key.startswith("runtime") for key in stage.get("params", []))
+
+
+def test_analytics_of_dvc_are_off():
+    assert "analytics = false" in (ROOT / ".dvc" / "config").read_text()
+
+
+@pytest.mark.parametrize(
+    "stage", ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "compose"]
+)
+def test_every_stage_has_a_help_text(stage):
+    done = subprocess.run(
+        [sys.executable, "-m", f"pipeline.{stage}", "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m pipeline.{stage}" in done.stdout
+    assert len(done.stdout.splitlines()) > 5
