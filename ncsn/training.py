@@ -52,16 +52,24 @@ class TrainState:
 
     Args:
         model: The score network.
-        learning_rate: Of Adam.
-        adam_eps: Of Adam.
+        optimizer: Of all its parameters, in one group.
         ema_decay: Of `EMA`.
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, adam_eps: float, ema_decay: float) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema_decay: float) -> None:
         self.model = model
         self.ema = EMA(model, ema_decay)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, eps=adam_eps)
+        self.optimizer = optimizer
         self.step = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """What the next step takes."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by name: model.*, ema.*, and optimizer.KIND.PARAMETER; `step` for the counters."""

@@ -53,6 +53,7 @@ class Data:
     channels: int | None = _rule("1 or 3", lambda value: value in (1, 3, None))
     test_fraction: float = _rule("a number between 0 and 1", lambda value: 0 < value < 1)
     seed: int = _seed()
+    sigma_L: float = _positive()
     flip: bool = _rule("true or false")
 
 
@@ -94,6 +95,8 @@ class Train:
     steps: int = _whole(1)
     batch_size: int = _whole(1)
     learning_rate: float = _positive()
+    decay: str = _one_of("constant", "linear")
+    beta_2: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     adam_eps: float = _positive()
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     log_every: int = _whole(1)

@@ -89,7 +89,7 @@ def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: 
     """
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"fn": fn, "job": job, "threads": _threads(workers)},
+        train_loop_config={"fn": fn, "job": job, "threads": max(1, _cores() // workers)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=_gpus() >= workers),
         run_config=RunConfig(
             name="ray", storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)
@@ -101,19 +101,23 @@ def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: 
         raise next(iter(error.worker_failures.values())) from error
 
 
-def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], *, workers: int) -> Iterator[tuple[Any, Any]]:
+def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield (job, make()(job)) in the order of completion; a worker that dies is replaced and its job repeated.
+
+    There is a worker for each free GPU of the cluster, or without GPUs for each free core: one thread each beats all
+    threads on one batch.
 
     Args:
         make: Called once on each worker; loads what all its jobs need.
         jobs: Independent pieces of work, safe to repeat.
-        workers: How many.
     """
     waiting, running = list(reversed(jobs)), {}
-    options = {"num_gpus": 1} if _gpus() >= workers else {"num_cpus": 1}
+    kind = "GPU" if _gpus() else "CPU"
+    slots = max(1, int(ray.available_resources().get(kind, 0)))
+    options = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     worker = ray.remote(max_restarts=3, max_task_retries=3, **options)(_ShardWorker)
-    for _ in range(min(workers, len(jobs))):
-        actor = worker.remote(make, _threads(workers))
+    for _ in range(min(slots, len(jobs))):
+        actor = worker.remote(make)
         job = waiting.pop()
         running[actor.run.remote(job)] = actor, job
     while running:
@@ -126,8 +130,8 @@ def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], *, wor
 
 
 class _ShardWorker:
-    def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        torch.set_num_threads(1)
         self.fn = make()
 
     def run(self, job: Any) -> Any:
@@ -157,10 +161,6 @@ def _gpus() -> float:
 
 def _cores() -> int:
     return torch.get_num_threads()
-
-
-def _threads(workers: int) -> int:
-    return max(1, _cores() // workers)
 
 
 def _local_folder() -> str:

@@ -90,14 +90,14 @@ class Drawer:
 def main(params: _params.Params) -> None:
     count = {"ema": params.sample.n, "untrained": min(params.sample.n, prepare.manifest()["splits"]["test"]["n"])}
     with _track.run(params) as run:
-        samplers_ = {kind: make_sampler(params, kind) for kind in count}
+        drawn = {kind: make_sampler(params, kind) for kind in count}
         with _ray.cluster(params.runtime):
-            for kind, sampler in samplers_.items():
-                draw_all(sampler, shards(count[kind], params.sample.shard_size), params.runtime.workers, kind, run)
+            for kind, sampler in drawn.items():
+                draw_all(sampler, shards(count[kind], params.sample.shard_size), kind, run)
         log.info("drawing the animation")
-        frames = animate(samplers_["ema"], min(FRAMES, params.sample.n))
+        frames = animate(drawn["ema"], min(FRAMES, params.sample.n))
         with replacing_folder(OUT) as out:
-            for kind, sampler in samplers_.items():
+            for kind, sampler in drawn.items():
                 publish(sampler, shards(count[kind], params.sample.shard_size), out / kind)
             picture = grid_picture(torch.from_numpy(load(out / "ema")[:100]), columns=10)
             save_png(picture, out / "grid.png")
@@ -164,13 +164,13 @@ def is_done(folder: Path, shard: tuple[int, int]) -> bool:
     return False
 
 
-def draw_all(sampler: Sampler, blocks: list[tuple[int, int]], workers: int, kind: str, run: _track.Run) -> None:
+def draw_all(sampler: Sampler, blocks: list[tuple[int, int]], kind: str, run: _track.Run) -> None:
     """Draw the shards that are not there yet, with a progress bar in images."""
     todo = [block for block in blocks if not is_done(sampler.folder, block)]
     start, drawn = time.monotonic(), sum(last - first for first, last in todo)
     log.info("%s: %d images to draw, %d NFE each, into %s", kind, drawn, sampler.nfe, sampler.folder)
     with tqdm(total=blocks[-1][1], initial=blocks[-1][1] - drawn, unit="image", desc=kind) as bar:
-        for (first, last), _ in _ray.shards(sampler, todo, workers=workers):
+        for (first, last), _ in _ray.shards(sampler, todo):
             bar.update(last - first)
     if drawn:
         run.metrics({f"sample/{kind}_images_per_second": drawn / (time.monotonic() - start)})

@@ -87,6 +87,7 @@ def fit(job: Job, world: _ray.World) -> None:
     while state.step < p.steps:
         x, level, z = batch(job, data, sigmas, state.step, world)
         sigma = sigmas[level].float()
+        state.learning_rate = learning_rate(p, state.step)
         loss = train_step(state, x.to(world.device), sigma.to(world.device), z.to(world.device), forward=forward)
         window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
         if due(state.step, p.log_every, p.steps):
@@ -95,6 +96,11 @@ def fit(job: Job, world: _ray.World) -> None:
         if bar is not None:
             bar.update(1)
             observe(job, state, curves)
+
+
+def learning_rate(p: _params.Train, step: int) -> float:
+    """The learning rate of a step, counted from 0: constant as in the papers, or falling linearly towards 0."""
+    return p.learning_rate * (1 - step / p.steps if p.decay == "linear" else 1)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -143,9 +149,10 @@ def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(p.train.seed)
         model = build(network).to(world.device).to(memory_format=torch.channels_last)
-    state = TrainState(
-        model, learning_rate=p.train.learning_rate, adam_eps=p.train.adam_eps, ema_decay=p.train.ema_decay
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
+    state = TrainState(model, optimizer, ema_decay=p.train.ema_decay)
     curves = torch.empty(0, 2 + job.schedule["L"], dtype=torch.float64)
     for folder in checkpoints(job.folder):
         file = folder / "state.safetensors"

@@ -16,7 +16,8 @@ SIGMAS = geometric_sigmas(2.0, 0.1, 5)
 
 def _state():
     torch.manual_seed(0)
-    return TrainState(NCSNv2(channels=1, width=4), learning_rate=1e-3, adam_eps=1e-8, ema_decay=0.99)
+    network = NCSNv2(channels=1, width=4)
+    return TrainState(network, torch.optim.Adam(network.parameters(), lr=1e-3), ema_decay=0.99)
 
 
 def _advance(state, steps):

@@ -52,7 +52,7 @@ def test_an_override_reaches_its_key_with_its_type():
         ("train.batch_size=null", "train.batch_size=None: expected a whole number >= 1"),
         ("noise.L=1", "noise.L=1: expected a whole number >= 2 or null"),
         ("noise.sigma_L=-1", "noise.sigma_L=-1.0: expected a number > 0"),
-        ("noise.sigma_1=0.001", "noise.sigma_1=0.001: expected more than noise.sigma_L=0.01"),
+        ("noise.sigma_1=0.001", "noise.sigma_1=0.001: expected more than noise.sigma_L=0.05"),
         ("train.ema_decay=1", "train.ema_decay=1.0: expected a number from 0 to less than 1"),
         ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
         ("data.flip=1", "data.flip=1: expected true or false"),
@@ -102,7 +102,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 
 def test_a_stage_ends_in_that_one_line_and_a_status(tmp_path):
-    text = (ROOT / "params.yaml").read_text().replace("batch_size: 64", "batch_size: abc")
+    text = (ROOT / "params.yaml").read_text().replace("batch_size: 64", "batch_size: abc", 1)
     (tmp_path / "params.yaml").write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.schedule", "--params", str(tmp_path / "params.yaml")],

@@ -111,8 +111,8 @@ def _killed_once(folder):
 def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_params, tmp_path):
     blocks = sample.shards(10, 4)
     with _ray.cluster(compose_params("runtime.workers=2").runtime):
-        done = dict(_ray.shards(sampler, blocks, workers=2))
-        squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4], workers=2))
+        done = dict(_ray.shards(sampler, blocks))
+        squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
     assert set(done) == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
     assert _close(drawn, sampler().draw(torch.arange(10)).numpy())

@@ -28,7 +28,7 @@ def test_what_is_given_is_kept(params):
     given = dataclasses.replace(params.noise, sigma_1=3.0, L=7, epsilon=1e-4, spacing="linear")
     chosen = schedule.choose(given, _images())
     assert (chosen["sigma_1"], chosen["L"], chosen["epsilon"]) == (3.0, 7, 1e-4)
-    assert chosen["sigmas"] == noise.linear_sigmas(3.0, 0.01, 7).tolist()
+    assert chosen["sigmas"] == noise.linear_sigmas(3.0, params.noise.sigma_L, 7).tolist()
     assert set(chosen["how"].values()) == {"given"}
 
 

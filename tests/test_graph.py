@@ -1,0 +1,202 @@
+"""The whole graph in a clone of this repository: real DVC, real Ray processes, a real MLflow store."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline import _params, _ray, prepare, sample, schedule, train
+from pipeline._store import read_json, write_text
+from pipeline.compose import compose
+
+ROOT = Path(__file__).parent.parent
+TINY = ["-S", "experiment=tiny", "-S", "runtime.workers=2"]
+
+pytestmark = pytest.mark.graph
+
+
+def _environment():
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "RAY_", "DVC_", "GIT_"))}
+    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+    return kept | who | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _run(*command, cwd):
+    done = subprocess.run(
+        command, cwd=cwd, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(done.stdout)
+    return done
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """This working tree, committed in a new repository, with the tiny graph run in it by two Ray workers."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("dvc.lock"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
+        assert _run("git", *command, cwd=folder).returncode == 0
+    done = _run("dvc", "exp", "run", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture
+def inside(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    return clone
+
+
+def _runs(clone):
+    client = MlflowClient(f"sqlite:///{clone}/mlflow.db")
+    experiment = client.get_experiment_by_name("ncsn")
+    return client, client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+
+def _losses(path):
+    with open(path) as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_the_graph_leaves_its_outputs(inside):
+    params = _params.load()
+    assert params.runtime.workers == 2
+    assert sample.load().shape == (params.sample.n, 1, 8, 8)
+    assert sample.manifest()["weights"] == "ema"
+    metrics = read_json(Path("out/evaluate/metrics.json"))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert f"fid_digits_{params.sample.n}" in metrics
+    page = Path("out/report.html").read_text()
+    assert f"{metrics[f'fid_digits_{params.sample.n}']:.4g}"[:4] in page
+    assert not list(Path("out").rglob("*.part"))
+
+
+def test_two_workers_have_the_loss_curve_of_one(inside, tmp_path):
+    params = _params.load()
+    job = train.Job(
+        params, (prepare.OUT / "train.npy").resolve(), (1, 8, 8), schedule.load(), tmp_path / "run", _Nowhere()
+    )
+    train.fit(job, _ray.World())
+    train.write_curves(_curves(job), tmp_path)
+    assert _losses("out/train/loss.csv") == pytest.approx(_losses(tmp_path / "loss.csv"), rel=1e-4)
+
+
+def test_the_stages_shared_one_finished_run(clone):
+    client, runs = _runs(clone)
+    first = runs[0]
+    assert first.info.status == "FINISHED"
+    assert first.data.params["noise.L"] == "4"
+    assert "schedule.epsilon" in first.data.params
+    assert any(name.startswith("eval/fid_digits_40") for name in first.data.metrics)
+    assert len(client.get_metric_history(first.info.run_id, "train/loss")) == 6
+    assert any(key.startswith("dvc.") for key in first.data.tags)
+    assert first.data.tags["mlflow.source.git.commit"]
+    top = {artifact.path for artifact in client.list_artifacts(first.info.run_id)}
+    assert {"report.html", "samples"} <= top
+
+
+def test_nothing_changed_means_nothing_runs(clone):
+    before = len(_runs(clone)[1])
+    done = _run("dvc", "repro", cwd=clone)
+    assert done.returncode == 0
+    assert "up to date" in done.stdout
+    assert len(_runs(clone)[1]) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=abc", "error: train.batch_size='abc': expected a whole number >= 1"),
+        ("+train.batchsize=3", "error: train.batchsize=3: unknown key, allowed are steps, batch_size"),
+        ("train.batchsize=3", "train.batchsize"),
+    ],
+)
+def test_a_bad_override_ends_in_a_line_that_names_it(clone, override, message):
+    done = _run("dvc", "exp", "run", *TINY, "-S", override, cwd=clone)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+    assert _run("git", "checkout", "-q", "params.yaml", cwd=clone).returncode == 0
+
+
+def test_other_params_make_a_second_run_to_compare(clone):
+    done = _run("dvc", "exp", "run", *TINY, "-S", "sample.seed=1", cwd=clone)
+    assert done.returncode == 0
+    assert "Running stage 'train'" not in done.stdout
+    client, runs = _runs(clone)
+    first, second = runs[0], runs[-1]
+    assert first.info.run_id != second.info.run_id
+    assert second.info.status == "FINISHED"
+    assert second.data.params["sample.seed"] == "1"
+    assert set(first.data.metrics) - set(second.data.metrics) <= {"sample/untrained_images_per_second"}
+    assert len(client.get_metric_history(second.info.run_id, "train/loss")) == 6
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(inside, tmp_path):
+    tree = compose(["experiment=tiny", "train.steps=60", "train.preview_every=60"])
+    write_text(tmp_path / "params.yaml", _params.to_yaml(tree))
+    command = [sys.executable, "-m", "pipeline.train", "--params", str(tmp_path / "params.yaml")]
+    shutil.rmtree(train.RUNS)
+    process = subprocess.Popen(
+        command,
+        cwd=inside,
+        env=_environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 240
+    while not list(train.RUNS.glob("train-*/step_00000008")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (folder,) = train.RUNS.glob("train-*")
+    assert not (folder / "step_00000060").exists()
+    done = _run(*command, cwd=inside)
+    assert done.returncode == 0, done.stdout
+    assert "going on from" in done.stdout
+
+    params = _params.parse(tree)
+    job = train.Job(
+        params, (prepare.OUT / "train.npy").resolve(), (1, 8, 8), schedule.load(), tmp_path / "run", _Nowhere()
+    )
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+    try:
+        train.fit(job, _ray.World())
+    finally:
+        torch.set_num_threads(1)
+    expected = (tmp_path / "run" / "step_00000060" / "state.safetensors").read_bytes()
+    assert (folder / "step_00000060" / "state.safetensors").read_bytes() == expected
+
+
+class _Nowhere:
+    """A tracking run that nobody looks at."""
+
+    def metrics(self, values, step):
+        pass
+
+    def image(self, pixels, key, step):
+        pass
+
+
+def _curves(job):
+    from safetensors.torch import load_file
+
+    return load_file(train.checkpoints(job.folder)[0] / "state.safetensors")["curves"]
