@@ -61,14 +61,19 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or runtime.ray_address
-    # A folder of our own: traces of other Ray versions and clusters in the default one slow each start down.
-    local = {"num_cpus": max(_cores(), runtime.workers), "include_dashboard": False, "_temp_dir": _local_folder()}
-    ray.init(
-        address or "local",
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}, "worker_process_setup_hook": _quiet},
-        **({} if address else local),
-    )
+    if address:
+        ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    else:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(
+            "local",
+            num_cpus=max(_cores(), runtime.workers),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": _quieter()},
+            # A folder of our own: traces of other Ray versions and clusters in the default one slow each start down.
+            _temp_dir=_local_folder(),
+        )
     try:
         yield
     finally:
@@ -147,12 +152,19 @@ def _train_worker(config: dict[str, Any]) -> None:
     config["fn"](config["job"], world)
 
 
-def _quiet() -> None:
-    """Ray Train's placement-group cleaner complains each second of a local cluster without a dashboard.
+def _quieter() -> Callable[[], None]:
+    """Silences Ray Train's placement-group cleaner, which complains each second of a cluster without a dashboard.
 
-    It guards against what cannot happen there, a placement group that outlives its driver: the cluster does not.
+    It guards against a placement group that outlives its driver; a local cluster does not. The function is a local one
+    so that it is sent by value: by name, each process of the cluster would import this module, and with it torch.
     """
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+    def quiet() -> None:
+        import logging
+
+        logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel("ERROR")
+
+    return quiet
 
 
 def _gpus() -> float:

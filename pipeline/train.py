@@ -94,8 +94,7 @@ def fit(job: Job, world: _ray.World) -> None:
             curves = torch.cat([curves, row(state.step, world.sum(window))])
             window.zero_()
         if bar is not None:
-            bar.update(1)
-            observe(job, state, curves)
+            observe(job, state, curves, bar)
 
 
 def learning_rate(p: _params.Train, step: int) -> float:
@@ -131,10 +130,11 @@ def row(step: int, window: Tensor) -> Tensor:
     return torch.cat([torch.tensor([step, total[0] / total[1]]), window[:, 0] / window[:, 1]])[None]
 
 
-def observe(job: Job, state: TrainState, curves: Tensor) -> None:
+def observe(job: Job, state: TrainState, curves: Tensor, bar: Any) -> None:
     """What worker 0 does beside training: log, save, draw."""
     p = job.params.train
     if due(state.step, p.log_every, p.steps):
+        bar.update(state.step - bar.n)
         job.run.metrics({"train/loss": float(curves[-1, 1])}, state.step)
     if due(state.step, p.save_every, p.steps):
         save(job.folder, state, curves)

@@ -43,8 +43,8 @@ def test_a_broken_run_goes_on_to_the_same_bits(job, monkeypatch):
 
     observe = train.observe
 
-    def breaks(job, state, curves):
-        observe(job, state, curves)
+    def breaks(job, state, curves, bar):
+        observe(job, state, curves, bar)
         if state.step == 7:
             raise KeyboardInterrupt
 
