@@ -104,13 +104,20 @@ def test_analytics_of_dvc_are_off():
     assert "analytics = false" in (ROOT / ".dvc" / "config").read_text()
 
 
-@pytest.mark.parametrize(
-    "stage", ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "compose"]
-)
-def test_every_stage_has_a_help_text(stage):
+def test_every_stage_has_a_help_text():
+    stages = ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "compose"]
+    code = f"""
+import runpy, sys
+for stage in {stages}:
+    sys.argv = [stage, "--help"]
+    try:
+        runpy.run_module("pipeline." + stage, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, stage
+"""
     done = subprocess.run(
-        [sys.executable, "-m", f"pipeline.{stage}", "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert f"python -m pipeline.{stage}" in done.stdout
-    assert len(done.stdout.splitlines()) > 5
+    for stage in stages:
+        assert f"usage: python -m pipeline.{stage}" in done.stdout
