@@ -5,9 +5,11 @@ the untrained network as a yardstick, each as uint8 shards with a manifest; grid
 on (seed, i) alone. Finished shards wait in runs/ and are never drawn again: the same command goes on where it stopped.
 """
 
+import functools
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ FRAMES = 25  # images in the animation
 
 @dataclass(frozen=True)
 class Sampler:
-    """Everything that determines image i; a plain value. Calling it makes a function from shards to finished files."""
+    """Everything that determines image i; a plain value."""
 
     network: dict[str, Any]
     weights: Path
@@ -41,9 +43,6 @@ class Sampler:
     denoise: bool
     seed: int
     folder: Path
-
-    def __call__(self) -> "Drawer":
-        return Drawer(self)
 
     @property
     def nfe(self) -> int:
@@ -89,16 +88,16 @@ class Drawer:
 
 def main(params: _params.Params) -> None:
     count = {"ema": params.sample.n, "untrained": min(params.sample.n, prepare.manifest()["splits"]["test"]["n"])}
+    blocks = {kind: shards(n, params.sample.shard_size) for kind, n in count.items()}
     with _track.run(params) as run:
         drawn = {kind: make_sampler(params, kind) for kind in count}
         with _ray.cluster(params.runtime):
-            for kind, sampler in drawn.items():
-                draw_all(sampler, shards(count[kind], params.sample.shard_size), kind, run)
+            draw_all(drawn, blocks, run)
         log.info("drawing the animation")
         frames = animate(drawn["ema"], min(FRAMES, params.sample.n))
         with replacing_folder(OUT) as out:
             for kind, sampler in drawn.items():
-                publish(sampler, shards(count[kind], params.sample.shard_size), out / kind)
+                publish(sampler, blocks[kind], out / kind)
             picture = grid_picture(torch.from_numpy(load(out / "ema")[:100]), columns=10)
             save_png(picture, out / "grid.png")
             save_gif(frames, 5, out / "denoising.gif")
@@ -164,16 +163,30 @@ def is_done(folder: Path, shard: tuple[int, int]) -> bool:
     return False
 
 
-def draw_all(sampler: Sampler, blocks: list[tuple[int, int]], kind: str, run: _track.Run) -> None:
-    """Draw the shards that are not there yet, with a progress bar in images."""
-    todo = [block for block in blocks if not is_done(sampler.folder, block)]
-    start, drawn = time.monotonic(), sum(last - first for first, last in todo)
-    log.info("%s: %d images to draw, %d NFE each, into %s", kind, drawn, sampler.nfe, sampler.folder)
-    with tqdm(total=blocks[-1][1], initial=blocks[-1][1] - drawn, unit="image", desc=kind) as bar:
-        for (first, last), _ in _ray.shards(sampler, todo):
+@dataclass(frozen=True)
+class Pool:
+    """Makes the function of a worker: from (kind, shard) to a finished file; a network is loaded when first needed."""
+
+    samplers: dict[str, Sampler]
+
+    def __call__(self) -> Callable[[tuple[str, tuple[int, int]]], None]:
+        drawer = functools.cache(lambda kind: Drawer(self.samplers[kind]))
+        return lambda job: drawer(job[0])(job[1])
+
+
+def draw_all(drawn: dict[str, Sampler], blocks: dict[str, list[tuple[int, int]]], run: _track.Run) -> None:
+    """Draw the shards of all samplers that are not there yet, with a progress bar in images."""
+    jobs = [(kind, block) for kind in drawn for block in blocks[kind] if not is_done(drawn[kind].folder, block)]
+    total = sum(parts[-1][1] for parts in blocks.values())
+    missing = sum(last - first for _, (first, last) in jobs)
+    for kind, sampler in drawn.items():
+        log.info("%s: %d images, %d NFE each, in %s", kind, blocks[kind][-1][1], sampler.nfe, sampler.folder)
+    start = time.monotonic()
+    with tqdm(total=total, initial=total - missing, unit="image", desc="sample") as bar:
+        for (_, (first, last)), _ in _ray.shards(Pool(drawn), jobs):
             bar.update(last - first)
-    if drawn:
-        run.metrics({f"sample/{kind}_images_per_second": drawn / (time.monotonic() - start)})
+    if missing:
+        run.metrics({"sample/images_per_second": missing / (time.monotonic() - start)})
 
 
 def animate(sampler: Sampler, n: int) -> list[Tensor]:

@@ -40,7 +40,7 @@ def _close(a, b):
 
 
 def test_images_do_not_depend_on_the_batch(sampler):
-    drawer = sampler()
+    drawer = sample.Drawer(sampler)
     whole = drawer.draw(torch.arange(12)).numpy()
     parts = torch.cat([drawer.draw(part) for part in torch.arange(12).split(5)]).numpy()
     assert whole.shape == (12, 1, 8, 8)
@@ -56,14 +56,14 @@ def test_shards_cover_the_images_in_fixed_blocks():
 def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
     shard = (3, 7)
     assert not sample.is_done(sampler.folder, shard)
-    sampler()(shard)
+    sample.Drawer(sampler)(shard)
     assert sample.is_done(sampler.folder, shard)
     path = sample.shard_path(sampler.folder, shard)
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert not sample.is_done(sampler.folder, shard)
     assert "is damaged and drawn again" in caplog.text
-    sampler()(shard)
+    sample.Drawer(sampler)(shard)
     assert path.read_bytes() == good
     assert sorted(p.name for p in sampler.folder.iterdir()) == ["shard_000003_000007.json", "shard_000003_000007.npy"]
 
@@ -71,7 +71,7 @@ def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
 def test_the_manifest_describes_the_shards(sampler, tmp_path):
     blocks = sample.shards(10, 4)
     for block in blocks:
-        sampler()(block)
+        sample.Drawer(sampler)(block)
     sample.publish(sampler, blocks, tmp_path / "out")
     manifest = sample.manifest(tmp_path / "out")
     assert manifest["n"] == 10
@@ -81,13 +81,13 @@ def test_the_manifest_describes_the_shards(sampler, tmp_path):
         assert sha256(tmp_path / "out" / entry["file"]) == entry["sha256"]
     images = sample.load(tmp_path / "out")
     assert images.shape == (10, 1, 8, 8)
-    assert _close(images, sampler().draw(torch.arange(10)).numpy())
+    assert _close(images, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
 
 
 def test_the_animation_ends_with_the_samples(sampler, tmp_path):
     frames = sample.animate(sampler, 6)
     assert len(frames) == sampler.schedule["L"] + 1
-    assert _close(frames[-1].numpy(), sampler().draw(torch.arange(6)).numpy())
+    assert _close(frames[-1].numpy(), sample.Drawer(sampler).draw(torch.arange(6)).numpy())
     sample.save_gif(frames, 3, tmp_path / "x.gif")
     assert Image.open(tmp_path / "x.gif").n_frames > 1
 
@@ -111,11 +111,11 @@ def _killed_once(folder):
 def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_params, tmp_path):
     blocks = sample.shards(10, 4)
     with _ray.cluster(compose_params("runtime.workers=2").runtime):
-        done = dict(_ray.shards(sampler, blocks))
+        done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks]))
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
-    assert set(done) == set(blocks)
+    assert {block for _, block in done} == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
-    assert _close(drawn, sampler().draw(torch.arange(10)).numpy())
+    assert _close(drawn, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
     for block in blocks:
         path = sample.shard_path(sampler.folder, block)
         assert read_json(path.with_suffix(".json"))["sha256"] == sha256(path)
