@@ -9,11 +9,12 @@ import difflib
 import types
 import typing
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -164,11 +165,18 @@ def load(path: Path | str = "params.yaml") -> Params:
 
 
 def plain(config: Any) -> Any:
-    """An OmegaConf tree as plain dictionaries, lists and values; raises ParamsError if a reference leads nowhere."""
+    """An OmegaConf tree, less Hydra's own node, as plain values; raises ParamsError if a reference leads nowhere."""
     try:
-        return OmegaConf.to_container(config, resolve=True)
+        return OmegaConf.to_container(
+            OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), resolve=True
+        )
     except OmegaConfBaseException as error:
         raise ParamsError(" ".join(str(error).split())) from error
+
+
+def any_key(config: Any) -> AbstractContextManager[Any]:
+    """Within it an OmegaConf tree takes keys that it does not have, so that `parse` can name them."""
+    return open_dict(config)
 
 
 def to_yaml(tree: Any) -> str:
@@ -209,6 +217,9 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, 1)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            while isinstance(value, dict) and len(value) == 1:  # an override of an unknown section: name it whole
+                ((last, value),) = value.items()
+                key = f"{key}.{last}"
             raise ParamsError(f"{prefix}{key}={value!r}: unknown key, allowed are {', '.join(fields)}{hint}")
     values = {}
     for key, kind in typing.get_type_hints(cls).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import HydraException
 
 from pipeline import _params
@@ -17,18 +18,44 @@ from pipeline._store import write_text
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
+_load = ConfigLoaderImpl.load_configuration
+_override = ConfigLoaderImpl._apply_overrides_to_config
+
 
 def compose(overrides: list[str]) -> dict[str, Any]:
     """The composition of conf/ with these overrides, as nested dictionaries.
 
     Raises:
-        ParamsError: If an override names an unknown group, option or key.
+        ParamsError: If an override names an unknown group, option or key, or a value that cannot be.
     """
-    try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            return _params.plain(hydra_compose("config", overrides=overrides))
-    except (HydraException, ValueError) as error:  # a group set to null is a ValueError to Hydra
-        raise _params.ParamsError(" ".join(str(error).split())) from error
+    check_with(_params.ParamsError)
+    with initialize_config_dir(str(CONF), version_base=None):
+        return _params.plain(hydra_compose("config", overrides=overrides))
+
+
+def check_with(error: type[Exception]) -> None:
+    """From here on, a composition in this process that `_params` would refuse ends in `error`, with its one line.
+
+    Hydra refuses an unknown key before we see it, in four lines that do not say what is allowed. DVC composes by
+    itself and Hydra has no hook that comes early enough, so two of its methods are replaced: the one that sets values
+    takes any key, and what the other one composes is checked.
+    """
+
+    def override(overrides: Any, config: Any) -> None:
+        with _params.any_key(config):
+            _override(overrides, config)
+
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = _load(self, *args, **kwargs)
+            _params.parse(_params.plain(config))
+        except (HydraException, ValueError) as problem:  # a group set to null is a ValueError to Hydra
+            what, _, _ = str(problem).partition("Config search path")
+            raise error(" ".join(what.split())) from None
+        return config
+
+    ConfigLoaderImpl._apply_overrides_to_config = override
+    ConfigLoaderImpl.load_configuration = load
 
 
 def main() -> None:
@@ -37,7 +64,6 @@ def main() -> None:
     args = parser.parse_args()
     try:
         tree = compose(args.overrides)
-        _params.parse(tree)
     except _params.ParamsError as error:
         sys.exit(f"error: {error}")
     write_text("params.yaml", _params.to_yaml(tree))
