@@ -166,10 +166,10 @@ def load(path: Path | str = "params.yaml") -> Params:
 
 def plain(config: Any) -> Any:
     """An OmegaConf tree, less Hydra's own node, as plain values; raises ParamsError if a reference leads nowhere."""
+    if OmegaConf.is_dict(config):
+        config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_container(
-            OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), resolve=True
-        )
+        return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ParamsError(" ".join(str(error).split())) from error
 
