@@ -156,14 +156,13 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, in_channels, dilation=d)
         self.normalize2 = norm(in_channels)
         self.conv2: nn.Module
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut: nn.Module
         if pool:
             self.conv2 = ConvMeanPool(in_channels, out_channels, 3)
             self.shortcut = ConvMeanPool(in_channels, out_channels, 1)
         else:
             self.conv2 = conv3x3(in_channels, out_channels, dilation=d)
-            if down:
-                self.shortcut = conv3x3(in_channels, out_channels, dilation=d)
+            self.shortcut = conv3x3(in_channels, out_channels, dilation=d) if down else nn.Identity()
         self.normalize1 = norm(in_channels)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
