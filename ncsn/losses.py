@@ -37,7 +37,7 @@ def sliced_score_matching(
 ) -> Tensor:
     """Sliced score matching at x itself, averaged over the directions of an example (arXiv:1905.07088, section 3).
 
-    SSM (equation 8): (v . s)^2 / 2 + v . J v. SSM-VR (equation 9): ||s||^2 / 2 + v . J v. For E[v v^T] = I both have
+    SSM: (v . s)^2 / 2 + v . J v. SSM-VR, with reduced variance: ||s||^2 / 2 + v . J v. For E[v v^T] = I both have
     the expectation ||s||^2 / 2 + tr J, the objective of score matching itself. The cost is one forward of the score and
     one vector-Jacobian product for each direction.
 

@@ -122,8 +122,8 @@ def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw:
     With steps_per_draw = T this is Algorithm 2 of arXiv:1907.05600: one z for each level. (There the known part is
     pasted after each step; that is before the next, and a paste of the next level overwrites the last.) With 1 it is
     the 2020 code, a fresh z before each step. (What that code returns, not pasted at the end, is what `observe` sees
-    last.) Without the denoising step the result's known part is reference + sigma_L z; that step adds sigma_L^2 s, as it
-    does everywhere. `torch.where(mask, reference, result)` has the reference itself.
+    last.) Without the denoising step the result's known part is reference + sigma_L z; that step adds sigma_L^2 s, as
+    it does everywhere. `torch.where(mask, reference, result)` has the reference itself.
 
     Args:
         reference: Images in [0, 1], broadcastable to x.
