@@ -253,6 +253,19 @@ def test_project_is_called_before_each_step_and_after_the_last():
     assert torch.equal(x, _draw(None, start))
 
 
+def test_no_step_reads_values_back_from_the_device():
+    """Tensors of the meta device have no values: what would wait for a GPU in the loop fails here."""
+    with torch.device("meta"):
+        x, mask = torch.empty(4, 3, 8, 8), torch.empty(8, 8, dtype=torch.bool)
+        angle = torch.empty(4)
+    mixed = samplers.interpolated(samplers.torch_noise, samplers.torch_noise, angle)
+    options = {"steps_per_level": 2, "step_rule": noise.snr_rule(0.1), "noise": mixed}
+    for project in (samplers.inpainting(x, mask, mixed), samplers.colourisation(x, mixed)):
+        out = samplers.annealed_langevin(lambda x, _: -x, x, torch.tensor([1.0, 0.1]), project=project, **options)
+        assert out.shape == x.shape
+    assert samplers.langevin(lambda x, _: -x, x, epsilon=0.1, steps=2).device.type == "meta"
+
+
 @pytest.mark.parametrize("steps_per_draw", [1, 3])
 def test_inpainting_keeps_any_known_part(steps_per_draw):
     index = torch.arange(6)
