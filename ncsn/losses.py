@@ -68,7 +68,6 @@ def sliced_score_matching(
         x = x.detach().requires_grad_()
         s = score(x, sigma)
         products = [torch.autograd.grad(s, x, u, retain_graph=True, create_graph=create_graph)[0] for u in directions]
-    s = s if create_graph else s.detach()
     curvature = (directions * torch.stack(products)).flatten(2).sum(2)
     square = s.square().flatten(1).sum(1) if variance_reduced else (directions * s).flatten(2).sum(2).square()
     return (0.5 * square + curvature).mean(0)
