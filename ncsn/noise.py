@@ -1,16 +1,22 @@
-"""Noise levels and Langevin step sizes: ladders, and Techniques 1, 2 and 4 of Song & Ermon (2020), arXiv:2006.09011.
+"""Noise levels and Langevin steps: ladders, step rules, Techniques 1, 2 and 4 of Song & Ermon (2020), arXiv:2006.09011.
 
 Legend: sigma_1 > ... > sigma_L the noise levels in pixel units of images in [0, 1], index 0 the largest; gamma the
 ratio of neighbours; D the dimension of an image, C H W; T the Langevin steps at one level.
+
+A step rule, `rule(sigma, s, z)`, gives the size alpha of the step x <- x + alpha s + sqrt(2 alpha) z at the level sigma
+from the score s and the noise z, both of shape (B, ...): a number, or a size for each image, shape (B, 1, ...).
 """
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+StepRule = Callable[[float, Tensor, Tensor], float | Tensor]
 
 PAIRWISE_LIMIT = 60_000  # above this many images Technique 1 looks at a sample of them
 PAIRWISE_SAMPLE = 10_000
@@ -40,6 +46,28 @@ def linear_sigmas(sigma_1: float, sigma_L: float, L: int) -> Tensor:
     return torch.linspace(sigma_1, sigma_L, L, dtype=torch.float64)
 
 
+def given_sigmas(values: Sequence[float] | Tensor) -> Tensor:
+    """The ladder with just these levels.
+
+    Args:
+        values: sigma_1 > ... > sigma_L > 0, at least one, finite.
+
+    Returns:
+        Levels, shape (L,), float64.
+
+    Raises:
+        ValueError: If the values are no such levels.
+    """
+    sigmas = torch.as_tensor(values, dtype=torch.float64)
+    if (
+        sigmas.ndim != 1
+        or len(sigmas) == 0
+        or not (sigmas[0] < math.inf and sigmas[-1] > 0 and (sigmas.diff() < 0).all())
+    ):
+        raise ValueError(f"expected finite sigmas that decrease strictly to a positive value, got {sigmas.tolist()}")
+    return sigmas
+
+
 def langevin_step_sizes(sigmas: Tensor, epsilon: float) -> Tensor:
     """Step size of each level, alpha_i = epsilon (sigma_i / sigma_L)^2, shape and dtype of `sigmas`.
 
@@ -49,11 +77,45 @@ def langevin_step_sizes(sigmas: Tensor, epsilon: float) -> Tensor:
     Raises:
         ValueError: If epsilon is not positive or the levels do not strictly decrease to a positive one.
     """
-    if not epsilon > 0:
-        raise ValueError(f"expected epsilon > 0, got {epsilon}")
-    if sigmas.ndim != 1 or len(sigmas) == 0 or not (sigmas[-1] > 0 and (sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"expected sigmas to decrease strictly to a positive value, got {sigmas.tolist()}")
+    _check_epsilon(epsilon)
+    given_sigmas(sigmas)
     return epsilon * (sigmas / sigmas[-1]) ** 2
+
+
+def epsilon_rule(epsilon: float, sigma_L: float) -> StepRule:
+    """The papers' step rule, alpha = epsilon (sigma / sigma_L)^2: `langevin_step_sizes`, one level at a time.
+
+    Raises:
+        ValueError: If epsilon or sigma_L is not positive.
+    """
+    _check_epsilon(epsilon)
+    if not 0 < sigma_L < math.inf:
+        raise ValueError(f"expected 0 < sigma_L < inf, got {sigma_L}")
+    return lambda sigma, s, z: epsilon * (sigma / sigma_L) ** 2
+
+
+def snr_rule(r: float) -> StepRule:
+    """Step sizes that hold the signal-to-noise ratio of each image's step, alpha = 2 (r ||z|| / ||s||)^2.
+
+    The corrector of arXiv:2011.13456, Algorithm 4, with the norms of each image where the official code takes their
+    means over the batch, so that an image does not depend on the others of its batch. Where s = 0 no step has the
+    ratio; alpha is 2 (r sigma)^2 there, its value for s = -z / sigma.
+
+    Args:
+        r: Of ||alpha s|| to ||sqrt(2 alpha) z||, > 0; sqrt(epsilon / 2) / sigma_L answers to the rule of epsilon.
+
+    Raises:
+        ValueError: If r is not positive.
+    """
+    if not 0 < r < math.inf:
+        raise ValueError(f"expected 0 < r < inf, got {r}")
+
+    def rule(sigma: float, s: Tensor, z: Tensor) -> Tensor:
+        axes = tuple(range(1, s.ndim))
+        norm, noise = (torch.linalg.vector_norm(value, dim=axes, keepdim=True) for value in (s, z))
+        return 2 * (r * torch.where(norm > 0, noise / norm, sigma)) ** 2
+
+    return rule
 
 
 def suggest_sigma_1(images: Tensor) -> float:
@@ -175,6 +237,11 @@ def suggest_epsilon(sigmas: Tensor, steps_per_level: int) -> float:
         width = float(u[1] - u[0])
         low, high = float(u[best]) - width, float(u[best]) + width
     return float(u[best]) * float(sigmas[-1]) ** 2
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"expected epsilon > 0, got {epsilon}")
 
 
 def _check_ladder(sigma_1: float, sigma_L: float, L: int) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # Streams: what the numbers are for, so that no two uses of one seed share them.
-STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP = range(5)
+# The numbers stay: new streams go to the end.
+STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP, KNOWN, OTHER_END = range(7)
 
 _MASK = 0xFFFFFFFF
 
@@ -77,16 +78,17 @@ def normal(seed: int, stream: int, index: Tensor, step: int, shape: Sequence[int
     return z.flatten(1)[:, :n].reshape(-1, *shape)
 
 
-def seeded_noise(seed: int, index: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """The `noise(x, step)` of a sampler: row b is a function of (seed, index[b], step) alone.
+def seeded_noise(seed: int, index: Tensor, stream: int = STEP) -> Callable[[Tensor, int], Tensor]:
+    """The `noise(x, step)` of a sampler: row b is a function of (seed, stream, index[b], step) alone.
 
     Args:
         seed: In [0, 2^32).
-        index: Image numbers, int64, shape (B,), on the device of x.
+        index: Image numbers, int64, shape (B,), on the device of x. Rows with the same number get the same noise.
+        stream: STEP for the steps, KNOWN for known parts, OTHER_END for the far end of an interpolation.
     """
 
     def noise(x: Tensor, step: int) -> Tensor:
-        return normal(seed, STEP, index, step, x.shape[1:]).to(x.dtype)
+        return normal(seed, stream, index, step, x.shape[1:]).to(x.dtype)
 
     return noise
 
@@ -94,3 +96,8 @@ def seeded_noise(seed: int, index: Tensor) -> Callable[[Tensor, int], Tensor]:
 def start_images(seed: int, index: Tensor, shape: Sequence[int]) -> Tensor:
     """Where the chains start: uniform in [0, 1), as in the official code; float32, shape (B, *shape)."""
     return uniform(seed, START, index, 0, shape)
+
+
+def noisy_images(seed: int, index: Tensor, images: Tensor, sigma_1: float) -> Tensor:
+    """Chains that start from data at the largest noise level: images + sigma_1 z, shape and dtype of the images."""
+    return images + sigma_1 * normal(seed, START, index, 0, images.shape[1:]).to(images.dtype)

@@ -1,7 +1,11 @@
-"""Samplers: a start in, samples out; randomness and observation are arguments.
+"""Samplers: a start in, samples out; randomness, constraints and observation are arguments.
 
 `noise(x, step)` returns standard normal values shaped like x for draw number `step` = 0, 1, ... of the whole
-trajectory (`ncsn.random.seeded_noise` makes one); `observe(x, step, sigma)` is called after each step.
+trajectory: `ncsn.random.seeded_noise` makes one, `interpolated` mixes two.
+`project(x, sigma, step)` returns x with what is known about it put in, at the noise level sigma. It is called before
+each step, and once more after the last one with that step's sigma and number: so the final denoising step, or where
+there is none the result, is projected too. `inpainting` and `colourisation` make one.
+`observe(x, step, sigma)` is called after each step.
 """
 
 from collections.abc import Callable
@@ -10,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ncsn.losses import Score
-from ncsn.noise import langevin_step_sizes
+from ncsn.noise import StepRule, epsilon_rule, given_sigmas
 
 Noise = Callable[[Tensor, int], Tensor]
+Project = Callable[[Tensor, float, int], Tensor]
 Observe = Callable[[Tensor, int, float], None]
 
 
@@ -22,21 +27,59 @@ def torch_noise(x: Tensor, step: int) -> Tensor:
 
 
 @torch.no_grad()
+def langevin(
+    score: Score,
+    x: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    sigma: float = 0.0,
+    noise: Noise = torch_noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Draw samples by Langevin dynamics with a constant step, x <- x + epsilon s(x, sigma) + sqrt(2 epsilon) z.
+
+    arXiv:1907.05600, equation 4, where epsilon is twice as large: x + epsilon / 2 s + sqrt(epsilon) z.
+
+    Args:
+        score: s(x, sigma).
+        x: Start, shape (B, ...).
+        epsilon: Step size, pixel units squared, > 0.
+        steps: T >= 1.
+        sigma: Noise level that the score is told, pixel units; 0 is the data's own score. A network that is conditioned
+            on noise, or divides by sigma, needs one of its levels.
+        noise: Standard normal values, see the module.
+        observe: Watches; must not change x.
+
+    Returns:
+        Samples, shape and dtype of x.
+
+    Raises:
+        ValueError: If epsilon is not positive or T < 1.
+    """
+    if not (epsilon > 0 and steps >= 1):
+        raise ValueError(f"expected epsilon > 0 and steps >= 1, got {epsilon} and {steps}")
+    return _steps(score, x, sigma, range(steps), lambda *_: epsilon, noise, None, observe)
+
+
+@torch.no_grad()
 def annealed_langevin(
     score: Score,
     x: Tensor,
     sigmas: Tensor,
     *,
-    epsilon: float,
+    epsilon: float | None = None,
     steps_per_level: int,
     denoise: bool = True,
+    step_rule: StepRule | None = None,
     noise: Noise = torch_noise,
+    project: Project | None = None,
     observe: Observe | None = None,
 ) -> Tensor:
     """Draw samples by annealed Langevin dynamics (arXiv:1907.05600, Algorithm 1; step convention of the official code).
 
-    At each sigma_i, T times: x <- x + alpha_i s(x, sigma_i) + sqrt(2 alpha_i) z, with
-    alpha_i = epsilon (sigma_i / sigma_L)^2.
+    At each sigma_i, T times: x <- x + alpha s(x, sigma_i) + sqrt(2 alpha) z, with alpha = epsilon (sigma_i / sigma_L)^2
+    or of another step rule.
     At the end, with `denoise`: x <- x + sigma_L^2 s(x, sigma_L), the posterior mean (arXiv:2006.09011, section 5).
 
     Args:
@@ -46,23 +89,116 @@ def annealed_langevin(
         epsilon: Step size at the last level, pixel units squared, > 0.
         steps_per_level: T >= 1.
         denoise: Take the final denoising step.
+        step_rule: In place of epsilon; see `ncsn.noise`.
         noise: Standard normal values, see the module.
+        project: Puts in what is known, see the module.
         observe: Watches; must not change x.
 
     Returns:
         Samples, shape and dtype of x. They are not clamped to [0, 1].
 
     Raises:
-        ValueError: If the levels do not strictly decrease, epsilon is not positive or T < 1.
+        ValueError: If the levels do not strictly decrease, epsilon is not positive, T < 1, or both or neither of
+            epsilon and step_rule are given.
     """
     if steps_per_level < 1:
         raise ValueError(f"expected steps_per_level >= 1, got {steps_per_level}")
-    step = 0
-    for sigma, alpha in zip(sigmas.tolist(), langevin_step_sizes(sigmas, epsilon).tolist(), strict=True):
-        level = x.new_full((len(x),), sigma)
-        for _ in range(steps_per_level):
-            x = x + alpha * score(x, level) + (2 * alpha) ** 0.5 * noise(x, step)
-            if observe is not None:
-                observe(x, step, sigma)
-            step += 1
-    return x + sigma**2 * score(x, level) if denoise else x
+    levels = given_sigmas(sigmas).tolist()
+    if epsilon is not None and step_rule is None:
+        step_rule = epsilon_rule(epsilon, levels[-1])
+    elif epsilon is not None or step_rule is None:
+        raise ValueError(f"expected one of epsilon and step_rule, got {epsilon} and {step_rule}")
+    for i, sigma in enumerate(levels):
+        numbers = range(i * steps_per_level, (i + 1) * steps_per_level)
+        x = _steps(score, x, sigma, numbers, step_rule, noise, project, observe)
+    if project is not None:
+        x = project(x, sigma, numbers[-1])
+    return x + sigma**2 * score(x, x.new_full((len(x),), sigma)) if denoise else x
+
+
+def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:
+    """The `project` that keeps the known pixels of an image: x <- m (reference + sigma z) + (1 - m) x.
+
+    With steps_per_draw = T this is Algorithm 2 of arXiv:1907.05600: one z for each level. (There the known part is
+    pasted after each step; that is before the next, and a paste of the next level overwrites the last.) With 1 it is
+    the 2020 code, a fresh z before each step. (What that code returns, not pasted at the end, is what `observe` sees
+    last.) Without the denoising step the result's known part is reference + sigma_L z; that step adds sigma_L^2 s, as
+    it does everywhere. `torch.where(mask, reference, result)` has the reference itself.
+
+    Args:
+        reference: Images in [0, 1], broadcastable to x.
+        mask: True where the reference is known, bool, broadcastable to x.
+        noise: z, of another stream than the steps' own: `seeded_noise(seed, index, random.KNOWN)`.
+        steps_per_draw: Steps that share one draw; draw number k serves the steps k steps_per_draw and on.
+
+    Raises:
+        ValueError: If the mask is not bool or steps_per_draw < 1.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"expected a mask of bool, got {mask.dtype}: use mask > 0.5")
+    return _known(lambda x, y: torch.where(mask, y, x), reference, noise, steps_per_draw)
+
+
+def colourisation(grey: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:
+    """The `project` that keeps the grey part of an image, the mean of its channels: x <- x + mean_C(y - x).
+
+    Inpainting, of y = grey + sigma z, in an orthonormal basis of the channels whose first vector is (1, ..., 1) /
+    sqrt(C), with that coordinate known (the idea of arXiv:2011.13456, appendix I.4).
+
+    Args:
+        grey: Images in [0, 1], shape (B, 1, H, W); of (B, C, H, W) the mean of the channels counts.
+        noise: z, shaped like x; as in `inpainting`.
+        steps_per_draw: As in `inpainting`.
+
+    Raises:
+        ValueError: If steps_per_draw < 1.
+    """
+    return _known(lambda x, y: x + (y - x).mean(1, keepdim=True), grey, noise, steps_per_draw)
+
+
+def interpolated(p: Noise, q: Noise, angle: Tensor) -> Noise:
+    """The `noise` of an interpolation: cos(angle) p + sin(angle) q, standard normal at each angle (arXiv:2006.09011).
+
+    Chains that share start, p and q, with angles from 0 to pi / 2, end in images that lead from one to another.
+
+    Args:
+        p: Noise at the angle 0; rows of one interpolation get equal values, as of `seeded_noise` with equal numbers.
+        q: Noise at the angle pi / 2, independent of p: `seeded_noise(seed, index, random.OTHER_END)`.
+        angle: Of each row, radians, shape (B,), on the device of x.
+    """
+
+    def noise(x: Tensor, step: int) -> Tensor:
+        theta = angle.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return theta.cos() * p(x, step) + theta.sin() * q(x, step)
+
+    return noise
+
+
+def _steps(
+    score: Score,
+    x: Tensor,
+    sigma: float,
+    numbers: range,
+    rule: StepRule,
+    noise: Noise,
+    project: Project | None,
+    observe: Observe | None,
+) -> Tensor:
+    """Langevin steps with these numbers at one level."""
+    level = x.new_full((len(x),), sigma)
+    for step in numbers:
+        if project is not None:
+            x = project(x, sigma, step)
+        s, z = score(x, level), noise(x, step)
+        alpha = rule(sigma, s, z)
+        x = x + alpha * s + (2 * alpha) ** 0.5 * z
+        if observe is not None:
+            observe(x, step, sigma)
+    return x
+
+
+def _known(paste: Callable[[Tensor, Tensor], Tensor], reference: Tensor, noise: Noise, steps_per_draw: int) -> Project:
+    """The `project` that pastes into x the known part of y = reference + sigma z."""
+    if steps_per_draw < 1:
+        raise ValueError(f"expected steps_per_draw >= 1, got {steps_per_draw}")
+    return lambda x, sigma, step: paste(x, reference + sigma * noise(x, step // steps_per_draw))

@@ -13,7 +13,7 @@ class Mixture:
     Args:
         weights: w_k, shape (K,), positive, summing to 1.
         means: m_k, shape (K, D).
-        std: Standard deviation of every component, > 0.
+        std: Standard deviation of every component, >= 0; with 0 the density exists for sigma > 0 only.
     """
 
     weights: Tensor

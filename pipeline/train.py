@@ -118,8 +118,7 @@ def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.Wor
     index = torch.arange(first, first + share)
     x = images.to_float(torch.from_numpy(data[data_order(len(data), seed=p.seed, first=first, count=share).numpy()]))
     if job.params.data.flip:
-        flipped = random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0] < 0.5
-        x[flipped] = x[flipped].flip(-1)
+        x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
     level, z = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index)
     return x, level, z
 

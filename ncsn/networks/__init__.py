@@ -1,5 +1,34 @@
 """Score networks: `score(x, sigma)` with x of shape (B, C, H, W) and one noise level an image, shape (B,)."""
 
-from ncsn.networks.ncsnv2 import NCSNv2
+from ncsn.networks.base import ScoreNetwork
+from ncsn.networks.mlp import MLP
+from ncsn.networks.ncsn import NCSN, NCSNDeeper
+from ncsn.networks.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from ncsn.networks.refinenet import RefineNet
+from ncsn.networks.resscore import ResScore
+from ncsn.networks.unet import UNet
 
-__all__ = ["NCSNv2"]
+NETWORKS: dict[str, type[ScoreNetwork]] = {
+    "ncsn": NCSN,
+    "ncsn_deeper": NCSNDeeper,
+    "ncsnv2": NCSNv2,
+    "ncsnv2_deeper": NCSNv2Deeper,
+    "ncsnv2_deepest": NCSNv2Deepest,
+    "refinenet": RefineNet,
+    "resscore": ResScore,
+    "unet": UNet,
+}
+
+__all__ = [
+    "MLP",
+    "NCSN",
+    "NETWORKS",
+    "NCSNDeeper",
+    "NCSNv2",
+    "NCSNv2Deeper",
+    "NCSNv2Deepest",
+    "RefineNet",
+    "ResScore",
+    "ScoreNetwork",
+    "UNet",
+]

@@ -1,28 +1,63 @@
-"""The blocks of the RefineNet score networks (Song & Ermon 2019, 2020), shared by NCSN and NCSNv2.
+"""The RefineNet score networks (Song & Ermon 2019, 2020): blocks and trunk, shared by NCSN, NCSNv2 and the baseline.
 
-Legend: B batch, C channels, H, W height and width.
+Legend: B batch, C channels, H, W height and width; y the number of each image's noise level, shape (B,), None in
+networks whose norms do not depend on it.
 """
 
 from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "relu": F.relu,
-    "lrelu": lambda x: F.leaky_relu(x, 0.2),
-    "swish": F.silu,
-}
+from ncsn.networks.base import ACTIVATIONS, ScoreNetwork
+
+Norm = Callable[[int], nn.Module]  # channels -> module(x, y)
 
 
-class InstanceNormPlus(nn.Module):
+def instance_norm(x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """InstanceNorm++ (arXiv:1907.05600, appendix A; the official code, where gamma multiplies both terms).
 
     out_k = gamma_k ((x_k - mu_k) / s_k + alpha_k t_k) + beta_k, with mu_k and s_k the spatial mean and deviation of
-    channel k and t_k = (mu_k - mean_k mu) / sqrt(var_k mu + 1e-5): what InstanceNorm forgets, the contrast between
+    channel k and t_k = (mu_k - mean_k mu) / sqrt(var_k mu + eps): what InstanceNorm forgets, the contrast between
     the means of the channels, is put back. The variance over channels is the unbiased one.
+
+    Args:
+        x: Shape (B, C, H, W).
+        gamma: Shape (C,) or (B, C), as beta and alpha.
+        beta: Shift.
+        alpha: Of the contrast; None leaves the plain InstanceNorm.
+        eps: Added to each variance.
+
+    Returns:
+        Shape and dtype of x; statistics are at least float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mu = x.mean((2, 3), dtype=dtype)  # (B, C); two plain means, since torch.var_mean is several times slower on CPUs
+    var = (x - mu[:, :, None, None]).square().mean((2, 3))
+    if alpha is not None:
+        v, m = torch.var_mean(mu, dim=1, keepdim=True)  # (B, 1)
+        t = (mu - m) * torch.rsqrt(v + eps)
+        beta = gamma * alpha * t + beta
+    # One affine map of x: gamma (x - mu) / s + beta = scale x + shift, a single pass over the image.
+    scale = gamma * torch.rsqrt(var + eps)
+    shift = beta - scale * mu
+    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+
+
+class NoNorm(nn.Module):
+    """The identity in a norm's place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return x
+
+
+class InstanceNormPlus(nn.Module):
+    """`instance_norm` with learned gamma, alpha ~ N(1, 0.02^2) and beta = 0 at first.
 
     Args:
         channels: C, at least 2 (the variance over one channel is undefined).
@@ -31,25 +66,43 @@ class InstanceNormPlus(nn.Module):
         ValueError: If channels < 2.
     """
 
-    eps = 1e-5
-
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"expected channels >= 2 for InstanceNorm++, got {channels}")
+        _check_norm(channels)
         self.alpha = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.gamma = nn.Parameter(torch.empty(channels).normal_(1, 0.02))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        mu = x.mean((2, 3))  # (B, C); two plain means, since torch.var_mean is several times slower on CPUs
-        var = (x - mu[:, :, None, None]).square().mean((2, 3))
-        v, m = torch.var_mean(mu, dim=1, keepdim=True)  # (B, 1)
-        t = (mu - m) * torch.rsqrt(v + self.eps)
-        # One affine map of x: gamma ((x - mu) / s + alpha t) + beta = scale x + shift, a single pass over the image.
-        scale = self.gamma * torch.rsqrt(var + self.eps)
-        shift = self.gamma * self.alpha * t + self.beta - scale * mu
-        return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return instance_norm(x, self.gamma, self.beta, self.alpha)
+
+
+class ConditionalInstanceNorm(nn.Module):
+    """`instance_norm` with its own coefficients for each noise level, rows (gamma | alpha | beta) of an embedding.
+
+    Args:
+        channels: C, at least 2.
+        levels: L.
+        plus: False leaves alpha out: rows (gamma | beta) and gamma ~ U(0, 1) at first, as in the official code.
+
+    Raises:
+        ValueError: If channels < 2.
+    """
+
+    def __init__(self, channels: int, levels: int, *, plus: bool = True) -> None:
+        super().__init__()
+        _check_norm(channels)
+        self.plus = plus
+        self.embed = nn.Embedding(levels, (3 if plus else 2) * channels)
+        with torch.no_grad():
+            *scales, beta = self.embed.weight.split(channels, dim=1)
+            beta.zero_()
+            for scale in scales:
+                scale.normal_(1, 0.02) if plus else scale.uniform_()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        gamma, *alpha, beta = self.embed(y).chunk(3 if self.plus else 2, dim=1)
+        return instance_norm(x, gamma, beta, *alpha)
 
 
 def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -75,6 +128,7 @@ class ResBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output; only a `down` block may change them.
         act: Name of the activation, one of `ACTIVATIONS`.
+        norm: Makes the norms.
         down: Halve the resolution. With a dilation it stays: the dilation takes the place of the pooling, and the
             shortcut is a dilated 3x3 convolution (so in the official code).
         dilation: Of every 3x3 convolution of the block.
@@ -84,75 +138,94 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, act: str, *, down: bool = False, dilation: int | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        act: str,
+        *,
+        norm: Norm = InstanceNormPlus,
+        down: bool = False,
+        dilation: int | None = None,
     ) -> None:
         super().__init__()
         if in_channels != out_channels and not down:
             raise ValueError(f"expected equal channels in a block without down, got {in_channels} -> {out_channels}")
         pool = down and dilation is None
-        mid_channels = in_channels if pool else out_channels
         d = dilation or 1
         self.act = ACTIVATIONS[act]
-        self.conv1 = conv3x3(in_channels, mid_channels, dilation=d)
-        self.normalize2 = InstanceNormPlus(mid_channels)
-        self.conv2 = (
-            ConvMeanPool(mid_channels, out_channels, 3) if pool else conv3x3(mid_channels, out_channels, dilation=d)
-        )
+        self.conv1 = conv3x3(in_channels, in_channels, dilation=d)
+        self.normalize2 = norm(in_channels)
+        self.conv2: nn.Module
         self.shortcut: nn.Module
         if pool:
+            self.conv2 = ConvMeanPool(in_channels, out_channels, 3)
             self.shortcut = ConvMeanPool(in_channels, out_channels, 1)
         else:
+            self.conv2 = conv3x3(in_channels, out_channels, dilation=d)
             self.shortcut = conv3x3(in_channels, out_channels, dilation=d) if down else nn.Identity()
-        self.normalize1 = InstanceNormPlus(in_channels)
+        self.normalize1 = norm(in_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act(self.normalize1(x)))
-        h = self.conv2(self.act(self.normalize2(h)))
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.act(self.normalize1(x, y)))
+        h = self.conv2(self.act(self.normalize2(h, y)))
         return h + self.shortcut(x)
 
 
 class ResidualConvUnit(nn.Module):
-    """RCU: `blocks` times x <- x + (act -> conv -> act -> conv)(x), convolutions without bias."""
+    """RCU: `blocks` times x <- x + (norm -> act -> conv -> norm -> act -> conv)(x), convolutions without bias."""
 
-    def __init__(self, features: int, blocks: int, act: str) -> None:
+    def __init__(self, features: int, blocks: int, act: str, norm: Norm = NoNorm) -> None:
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.names = [(f"{b}_1_conv", f"{b}_2_conv") for b in range(1, blocks + 1)]  # the keys of official checkpoints
-        for name in (name for pair in self.names for name in pair):
-            self.add_module(name, conv3x3(features, features, bias=False))
+        self.blocks = blocks
+        for name in (f"{b}_{s}" for b in range(1, blocks + 1) for s in (1, 2)):  # the keys of official checkpoints
+            self.add_module(f"{name}_norm", norm(features))
+            self.add_module(f"{name}_conv", conv3x3(features, features, bias=False))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for first, second in self.names:
-            h = self.get_submodule(first)(self.act(x))
-            x = x + self.get_submodule(second)(self.act(h))
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for b in range(1, self.blocks + 1):
+            h = x
+            for s in (1, 2):
+                norm, conv = getattr(self, f"{b}_{s}_norm"), getattr(self, f"{b}_{s}_conv")
+                h = conv(self.act(norm(h, y)))
+            x = x + h
         return x
 
 
-class ChainedResidualPooling(nn.Module):
-    """CRP: x <- act(x), then twice p <- conv(pool5(p)) with x <- x + p, starting from p = x; max pooling, no bias."""
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {  # 5x5, the size stays
+    "max": lambda x: F.max_pool2d(x, 5, stride=1, padding=2),
+    "avg": lambda x: F.avg_pool2d(x, 5, stride=1, padding=2),
+}
 
-    def __init__(self, features: int, act: str, stages: int = 2) -> None:
+
+class ChainedResidualPooling(nn.Module):
+    """CRP: x <- act(x), then twice p <- conv(pool(norm(p))) with x <- x + p, starting from p = x; no bias."""
+
+    def __init__(self, features: int, act: str, *, pool: str = "max", norm: Norm = NoNorm, stages: int = 2) -> None:
         super().__init__()
         self.act = ACTIVATIONS[act]
+        self.pool = pool
         self.convs = nn.ModuleList(conv3x3(features, features, bias=False) for _ in range(stages))
+        self.norms = nn.ModuleList(norm(features) for _ in range(stages))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x = path = self.act(x)
-        for conv in self.convs:
-            path = conv(F.max_pool2d(path, 5, stride=1, padding=2))
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            path = conv(POOLS[self.pool](norm(path, y)))
             x = x + path
         return x
 
 
 class MultiResolutionFusion(nn.Module):
-    """MSF: the sum of conv(x_i), each brought to the size of the output by bilinear interpolation (corners aligned)."""
+    """MSF: the sum of conv(norm(x_i)), each brought to the output's size, bilinear with the corners aligned."""
 
-    def __init__(self, in_channels: tuple[int, ...], features: int) -> None:
+    def __init__(self, in_channels: tuple[int, ...], features: int, norm: Norm = NoNorm) -> None:
         super().__init__()
         self.convs = nn.ModuleList(conv3x3(c, features) for c in in_channels)
+        self.norms = nn.ModuleList(norm(c) for c in in_channels)
 
-    def forward(self, xs: tuple[Tensor, ...], size: torch.Size) -> Tensor:
-        fused = [conv(x) for conv, x in zip(self.convs, xs, strict=True)]
+    def forward(self, xs: tuple[Tensor, ...], size: torch.Size, y: Tensor | None = None) -> Tensor:
+        fused = [conv(norm(x, y)) for norm, conv, x in zip(self.norms, self.convs, xs, strict=True)]
         scaled = [
             F.interpolate(h, size, mode="bilinear", align_corners=True) if h.shape[2:] != size else h for h in fused
         ]
@@ -166,19 +239,140 @@ class RefineBlock(nn.Module):
         in_channels: Of each input; one input (the deepest block) skips the fusion.
         features: Channels of the output.
         act: Name of the activation, one of `ACTIVATIONS`.
+        pool: Of the CRP, "max" or "avg".
+        norm: Makes the norms.
         last: The last block ends with an RCU of 3 blocks instead of 1.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], features: int, act: str, *, last: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        features: int,
+        act: str,
+        *,
+        pool: str = "max",
+        norm: Norm = NoNorm,
+        last: bool = False,
+    ) -> None:
         super().__init__()
-        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, 2, act) for c in in_channels)
-        self.output_convs = ResidualConvUnit(features, 3 if last else 1, act)
+        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, 2, act, norm) for c in in_channels)
+        self.output_convs = ResidualConvUnit(features, 3 if last else 1, act, norm)
         if len(in_channels) > 1:
-            self.msf = MultiResolutionFusion(in_channels, features)
-        self.crp = ChainedResidualPooling(features, act)
+            self.msf = MultiResolutionFusion(in_channels, features, norm)
+        self.crp = ChainedResidualPooling(features, act, pool=pool, norm=norm)
 
-    def forward(self, *xs: Tensor) -> Tensor:
+    def forward(self, xs: tuple[Tensor, ...], y: Tensor | None = None) -> Tensor:
         """Inputs (B, in_channels[i], H_i, W_i), the first of the output's size; output (B, features, H_0, W_0)."""
-        adapted = tuple(adapt(x) for adapt, x in zip(self.adapt_convs, xs, strict=True))
-        h = self.msf(adapted, xs[0].shape[2:]) if len(adapted) > 1 else adapted[0]
-        return self.output_convs(self.crp(h))
+        adapted = tuple(adapt(x, y) for adapt, x in zip(self.adapt_convs, xs, strict=True))
+        h = self.msf(adapted, xs[0].shape[2:], y) if len(adapted) > 1 else adapted[0]
+        return self.output_convs(self.crp(h, y), y)
+
+
+class Stage(NamedTuple):
+    """Two ResBlocks of the encoder and the RefineBlock that joins their output; names as in official checkpoints."""
+
+    res: str
+    refine: str
+    widen: int  # channels, in multiples of the width
+    down: bool = True
+    dilation: int | None = None  # in place of the halved resolution
+
+
+PLAIN = (
+    Stage("res1", "refine4", 1, down=False),
+    Stage("res2", "refine3", 2),
+    Stage("res3", "refine2", 2, dilation=2),
+    Stage("res4", "refine1", 2, dilation=4),
+)
+DEEPER = (
+    Stage("res1", "refine5", 1, down=False),
+    Stage("res2", "refine4", 2),
+    Stage("res3", "refine3", 2),
+    Stage("res4", "refine2", 4, dilation=2),
+    Stage("res5", "refine1", 4, dilation=4),
+)
+DEEPEST = (*DEEPER[:3], Stage("res31", "refine31", 2), *DEEPER[3:])
+
+
+class RefineNetwork(ScoreNetwork):
+    """The trunk: an encoder of `stages`, and a decoder that walks them back and widens to the next one's channels.
+
+    The keys of the state dict are those of the official checkpoints.
+
+    Args:
+        channels: As the other four, see `ScoreNetwork`.
+        width: At least 2, since InstanceNorm++ needs two channels.
+        act: Activation.
+        rescale: Of the pixels.
+        norm: Makes the norms of the ResBlocks and the last one.
+        refine_norm: Makes the norms of the RefineBlocks.
+        pool: Of the RefineBlocks, "max" or "avg".
+    """
+
+    stages: ClassVar[tuple[Stage, ...]] = PLAIN
+    multiple = 2
+
+    def __init__(
+        self, *, channels: int, width: int, act: str, rescale: bool, norm: Norm, refine_norm: Norm, pool: str
+    ) -> None:
+        super().__init__(channels=channels, width=width, act=act, rescale=rescale)
+        self.begin_conv = conv3x3(channels, width)
+        self.normalizer = norm(width)
+        self.end_conv = conv3x3(width, channels)
+        widths = [stage.widen * width for stage in self.stages]
+        for stage, c_in, c in zip(self.stages, [width, *widths], widths, strict=False):
+            first = ResBlock(c_in, c, act, norm=norm, down=stage.down, dilation=stage.dilation)
+            second = ResBlock(c, c, act, norm=norm, dilation=stage.dilation)
+            self.add_module(stage.res, nn.ModuleList((first, second)))
+        blocks = {}
+        inputs: tuple[int, ...] = ()
+        for k in reversed(range(len(widths))):
+            features = widths[max(k - 1, 0)]
+            inputs = (widths[k], *inputs)
+            blocks[self.stages[k].refine] = RefineBlock(inputs, features, act, pool=pool, norm=refine_norm, last=k == 0)
+            inputs = (features,)
+        for name in sorted(blocks):  # the official order, by which optimizer states are numbered
+            self.add_module(name, blocks[name])
+
+    def trunk(self, h: Tensor, y: Tensor | None = None) -> Tensor:
+        """f(h, y): (B, C, H, W) -> (B, C, H, W)."""
+        h = self.begin_conv(h)
+        layers = []
+        for stage in self.stages:
+            for block in getattr(self, stage.res):
+                h = block(h, y)
+            layers.append(h)
+        path: tuple[Tensor, ...] = ()
+        for stage, layer in zip(reversed(self.stages), reversed(layers), strict=True):
+            path = (getattr(self, stage.refine)((layer, *path), y),)
+        return self.end_conv(self.act(self.normalizer(path[0], y)))
+
+
+class RefineNet(RefineNetwork):
+    """The baseline of one noise level (arXiv:1907.05600, section 5): InstanceNorm++ everywhere; sigma is ignored.
+
+    Args:
+        channels: As the others, see `ScoreNetwork`.
+        width: Channels of the first stage.
+        act: Activation.
+        rescale: Of the pixels.
+    """
+
+    def __init__(self, *, channels: int, width: int, act: str = "elu", rescale: bool = True) -> None:
+        super().__init__(
+            channels=channels,
+            width=width,
+            act=act,
+            rescale=rescale,
+            norm=InstanceNormPlus,
+            refine_norm=InstanceNormPlus,
+            pool="avg",
+        )
+
+    def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
+        return self.trunk(h)
+
+
+def _check_norm(channels: int) -> None:
+    if channels < 2:
+        raise ValueError(f"expected channels >= 2 for InstanceNorm++, got {channels}")

@@ -1,11 +1,14 @@
-"""Ladders, Techniques 1, 2 and 4: closed forms and the published settings (arXiv:2006.09011)."""
+"""Ladders, step rules, Techniques 1, 2 and 4: closed forms, the official ladders, the settings of arXiv:2006.09011."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from ncsn import noise
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def test_geometric_ladder_runs_from_the_largest_to_the_smallest_with_one_ratio():
@@ -15,6 +18,43 @@ def test_geometric_ladder_runs_from_the_largest_to_the_smallest_with_one_ratio()
     assert sigmas[-1] == pytest.approx(0.01, rel=1e-14)
     ratios = sigmas[:-1] / sigmas[1:]
     torch.testing.assert_close(ratios, torch.full_like(ratios, 5000 ** (1 / 231)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma_1", "L"),
+    [
+        ("ncsn_original", 1, 10),
+        ("cifar10", 50, 232),
+        ("celeba", 90, 500),
+        ("church", 140, 788),
+        ("bedroom", 190, 1086),
+        ("tower", 190, 1086),
+        ("ffhq", 348, 2311),
+        ("uniform_1_0.01_10", 1, 10),
+    ],
+)
+def test_ladders_of_the_official_code_to_one_rounding(name, sigma_1, L):
+    golden = torch.load(GOLDEN / "schedules.pt", weights_only=True)[name]
+    ladder = noise.linear_sigmas if name.startswith("uniform") else noise.geometric_sigmas
+    sigmas = ladder(sigma_1, 0.01, L).float()
+    assert sigmas.shape == golden.shape
+    assert ((sigmas - golden).abs() <= golden.nextafter(torch.tensor(math.inf)) - golden).all()
+
+
+def test_a_given_ladder_is_kept():
+    sigmas = noise.given_sigmas([3, 1.5, 0.1])
+    assert sigmas.dtype == torch.float64
+    assert sigmas.tolist() == [3, 1.5, 0.1]
+    assert noise.given_sigmas([0.01]).tolist() == [0.01]
+    assert torch.equal(noise.given_sigmas(sigmas), sigmas)
+
+
+@pytest.mark.parametrize(
+    "values", [[], [1, 1], [0.1, 1], [1, 0], [1, -1], [math.inf, 1], [1, math.nan], [math.nan, 1], [math.nan], [[1.0]]]
+)
+def test_values_that_are_no_ladder_are_refused(values):
+    with pytest.raises(ValueError, match="finite sigmas that decrease strictly to a positive value, got"):
+        noise.given_sigmas(values)
 
 
 def test_linear_ladder_has_one_difference():
@@ -48,6 +88,41 @@ def test_step_sizes_scale_with_the_square_of_sigma():
         noise.langevin_step_sizes(sigmas, 0)
 
 
+def test_epsilon_rule_gives_the_step_sizes():
+    sigmas = noise.geometric_sigmas(1.0, 0.01, 10)
+    rule = noise.epsilon_rule(2e-5, 0.01)
+    sizes = [rule(sigma, torch.zeros(2), torch.zeros(2)) for sigma in sigmas.tolist()]
+    assert sizes == pytest.approx(noise.langevin_step_sizes(sigmas, 2e-5).tolist(), rel=1e-14)
+    with pytest.raises(ValueError, match="epsilon > 0, got 0"):
+        noise.epsilon_rule(0, 0.01)
+    with pytest.raises(ValueError, match="0 < sigma_L < inf, got 0"):
+        noise.epsilon_rule(2e-5, 0)
+
+
+def test_snr_rule_holds_the_ratio_of_each_image():
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(5, 3, 4, 4, generator=generator) * torch.logspace(-3, 3, 5)[:, None, None, None]
+    z = torch.randn(5, 3, 4, 4, generator=generator)
+    alpha = noise.snr_rule(0.16)(0.5, s, z)
+    assert alpha.shape == (5, 1, 1, 1)
+    ratio = (alpha * s).flatten(1).norm(dim=1) / ((2 * alpha).sqrt() * z).flatten(1).norm(dim=1)
+    torch.testing.assert_close(ratio, torch.full((5,), 0.16))
+    parts = [noise.snr_rule(0.16)(0.5, s[k : k + 1], z[k : k + 1]) for k in range(5)]
+    assert torch.equal(torch.cat(parts), alpha)
+
+
+def test_snr_rule_answers_to_an_epsilon_on_noise():
+    """s = -z / sigma: alpha = 2 (r sigma)^2, or epsilon (sigma / sigma_L)^2 for r = sqrt(epsilon / 2) / sigma_L."""
+    z = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    epsilon, sigma_L, sigma = 6.2e-6, 0.01, 0.7
+    rule = noise.snr_rule(math.sqrt(epsilon / 2) / sigma_L)
+    expected = torch.full((4, 1), noise.epsilon_rule(epsilon, sigma_L)(sigma, z, z), dtype=torch.float64)
+    torch.testing.assert_close(rule(sigma, -z / sigma, z), expected)
+    torch.testing.assert_close(rule(sigma, torch.zeros_like(z), z), expected)
+    with pytest.raises(ValueError, match="0 < r < inf, got 0"):
+        noise.snr_rule(0)
+
+
 def test_technique_1_is_the_largest_distance(monkeypatch):
     x = torch.rand(3000, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = torch.cdist(x.flatten(1).double(), x.flatten(1).double()).max().item()
@@ -65,19 +140,25 @@ def test_technique_1_needs_two_different_images():
 
 
 @pytest.mark.parametrize(
-    ("sigma_1", "dim", "gamma", "levels"),
+    ("sigma_1", "dim", "gamma", "levels", "L", "C"),
     [
-        (50, 3072, 1.039796, 219),
-        (90, 12288, 1.019510, 472),
-        (140, 27648, 1.012923, 745),
-        (190, 49152, 1.009661, 1026),
-        (348, 196608, 1.004807, 2182),
+        (1, 3072, 1.039796, 119.0, 10, 0.0),
+        (50, 3072, 1.039796, 219.3, 232, 0.5670),
+        (90, 12288, 1.019510, 472.2, 500, 0.5669),
+        (140, 27648, 1.012923, 744.5, 788, 0.5662),
+        (190, 49152, 1.009661, 1025.7, 1086, 0.5665),
+        (348, 196608, 1.004807, 2181.6, 2311, 0.5669),
     ],
 )
-def test_technique_2_for_the_published_data_sets(sigma_1, dim, gamma, levels):
+def test_technique_2_for_the_published_data_sets(sigma_1, dim, gamma, levels, L, C):
+    """The number of levels at an overlap of one half, and the overlap C of the L levels that were published."""
     assert noise.suggest_gamma(dim) == pytest.approx(gamma, abs=1e-6)
     assert noise.overlap(noise.suggest_gamma(dim), dim) == pytest.approx(0.5, abs=1e-9)
-    assert noise.suggest_levels(sigma_1, 0.01, dim) == levels
+    exact = 1 + math.log(sigma_1 / 0.01) / math.log(noise.suggest_gamma(dim))
+    assert exact == pytest.approx(levels, abs=0.0501)
+    assert noise.suggest_levels(sigma_1, 0.01, dim) == round(exact)
+    sigmas = noise.geometric_sigmas(sigma_1, 0.01, L)
+    assert noise.overlap(float(sigmas[0] / sigmas[1]), dim) == pytest.approx(C, abs=5e-5)
 
 
 def test_overlap_is_a_normal_mass():
@@ -115,3 +196,20 @@ def test_variance_ratio_is_the_recursion():
     for _ in range(T):
         v = (1 - u) ** 2 * v + 2 * u
     assert noise.variance_ratio(torch.tensor(u, dtype=torch.float64), gamma, T).item() == pytest.approx(v, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sigma_1", "L", "T", "epsilon", "ratio"),
+    [
+        (1, 10, 100, 2e-5, 1.1111),
+        (50, 232, 5, 6.2e-6, 1.0555),
+        (90, 500, 5, 3.3e-6, 1.0314),
+        (140, 788, 4, 4.9e-6, 1.0247),
+        (190, 1086, 3, 1.8e-6, 1.0174),
+        (348, 2311, 3, 9e-7, 1.0089),
+    ],
+)
+def test_variance_ratio_of_the_published_step_sizes(sigma_1, L, T, epsilon, ratio):
+    sigmas = noise.geometric_sigmas(sigma_1, 0.01, L)
+    u = torch.tensor(epsilon / 0.01**2, dtype=torch.float64)
+    assert noise.variance_ratio(u, float(sigmas[0] / sigmas[1]), T).item() == pytest.approx(ratio, abs=5.1e-5)

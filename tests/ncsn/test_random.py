@@ -42,6 +42,21 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(shape):
     assert torch.equal(noise(torch.empty(37, *shape), 3), whole)
 
 
+def test_streams_keep_their_numbers():
+    names = ["STEP", "START", "TRAIN_NOISE", "TRAIN_LEVEL", "TRAIN_FLIP", "KNOWN", "OTHER_END"]
+    assert [getattr(random, name) for name in names] == list(range(7))
+
+
+def test_noisy_images_start_at_the_data():
+    index, data = torch.tensor([3, 9, 4]), torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    start = random.noisy_images(0, index, data, 50.0)
+    z = (start - data) / 50
+    assert abs(z.mean()) < 5 / math.sqrt(1200)
+    assert abs(z.var() - 1) < 5 * math.sqrt(2 / 1200)
+    assert torch.equal(random.noisy_images(0, index[1:2], data[1:2], 50.0), start[1:2])
+    assert torch.equal(random.noisy_images(0, index, data, 0.0), data)
+
+
 def test_seed_stream_index_and_step_each_change_the_values():
     base = {"seed": 1, "stream": 0, "index": torch.tensor([5]), "step": 2}
     values = random.normal(**base, shape=(64,))

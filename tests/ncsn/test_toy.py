@@ -1,8 +1,14 @@
 """The oracle: its score is the gradient of its log density, its density integrates to one."""
 
+import math
+from pathlib import Path
+
+import pytest
 import torch
 
 from ncsn.toy import Mixture
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def _mixture():
@@ -21,3 +27,26 @@ def test_density_integrates_to_one():
     x = torch.cartesian_prod(axis, axis)
     density = _mixture().log_prob(x, torch.ones(len(x)).double()).exp()
     assert abs(density.sum() * 0.1**2 - 1) < 1e-6
+
+
+@pytest.mark.parametrize("sigma", [1, 2.5, 20])
+def test_scores_and_densities_of_the_official_code(sigma):
+    """Its components have the standard deviation sigma itself, and its density in two dimensions one factor too few."""
+    golden = torch.load(GOLDEN / "toy_ssm.pt", weights_only=True)["gmm"]
+    mixture = Mixture(torch.tensor([0.8, 0.2]), torch.tensor([[5.0, 5.0], [-5.0, -5.0]]), 0.0)
+    x, level = golden["points"], torch.full((64,), float(sigma))
+    score = golden[f"score_sigma{sigma}"]
+    assert (mixture.score(x, level) - score).abs().max() < 1e-5 * score.abs().max()
+    log_prob = mixture.log_prob(x, level) + 0.5 * math.log(2 * math.pi * sigma**2)
+    torch.testing.assert_close(log_prob, golden[f"log_prob_sigma{sigma}"], rtol=1e-6, atol=1e-6)
+    if sigma == 1:
+        torch.testing.assert_close(log_prob, golden["log_prob_GMMDist"], rtol=1e-6, atol=1e-6)
+
+
+def test_noise_adds_its_variance_to_the_components():
+    weights, means = torch.tensor([0.3, 0.7]).double(), torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]]).double()
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).double()
+    level = lambda value: torch.full((9,), value).double()  # noqa: E731
+    wide, narrow = Mixture(weights, means, 0.6), Mixture(weights, means, 0.0)
+    torch.testing.assert_close(wide.log_prob(x, level(0.8)), narrow.log_prob(x, level(1.0)))
+    torch.testing.assert_close(wide.score(x, level(0.8)), narrow.score(x, level(1.0)))
