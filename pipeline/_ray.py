@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train.torch
 import torch
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 from torch import Tensor, nn
 
 from pipeline import _params
 from pipeline._stage import log
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_THREADS = 4  # that train side by side: more would wait for Python's lock; other cores help inside operations
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    threads: int = 1  # parts of a batch that this worker computes at the same time
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, such that a backward pass averages the gradients over the workers."""
@@ -60,6 +60,7 @@ class World:
 def cluster(runtime: _params.Runtime) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
     address = os.environ.get("RAY_ADDRESS") or runtime.ray_address
     if address:
         ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
@@ -92,9 +93,13 @@ def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: 
     Raises:
         Exception: What fn raised, on the first worker that did.
     """
-    trainer = ray.train.torch.TorchTrainer(
+    # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"fn": fn, "job": job, "threads": max(1, _cores() // workers)},
+        train_loop_config={"fn": fn, "job": job, "cores": max(1, _cores() // workers)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=_gpus() >= workers),
         run_config=RunConfig(
             name="ray", storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)
@@ -102,7 +107,7 @@ def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: 
     )
     try:
         trainer.fit()
-    except ray.train.WorkerGroupError as error:
+    except WorkerGroupError as error:
         raise next(iter(error.worker_failures.values())) from error
 
 
@@ -144,12 +149,16 @@ class _ShardWorker:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    torch.set_num_threads(config["threads"])
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    config["fn"](config["job"], world)
+    context, device = get_context(), get_device()
+    alone = context.get_world_size() == 1 and device.type == "cpu"
+    threads = min(config["cores"], MOST_THREADS) if alone else 1
+    torch.set_num_threads(config["cores"] // threads)
+    config["fn"](config["job"], World(context.get_world_rank(), context.get_world_size(), device, threads))
 
 
 def _quieter() -> Callable[[], None]:

@@ -51,7 +51,12 @@ def main(params: _params.Params) -> None:
         "data": manifest["splits"]["train"]["sha256"],
         "sigmas": levels["sigmas"],
         "code": code_digest(
-            "ncsn/networks", "ncsn/losses.py", "ncsn/training.py", "ncsn/random.py", "pipeline/train.py"
+            "ncsn/images.py",
+            "ncsn/losses.py",
+            "ncsn/networks",
+            "ncsn/random.py",
+            "ncsn/training.py",
+            "pipeline/train.py",
         ),
     }
     folder = (RUNS / f"train-{fingerprint(identity)}").resolve()
@@ -81,14 +86,15 @@ def fit(job: Job, world: _ray.World) -> None:
     data = np.load(job.data, mmap_mode="r")
     sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64)
     state, curves = start(job, world)
-    forward = world.wrap(state.model)
+    forward = world.wrap(state.model) if world.size > 1 else None
     window = torch.zeros(len(sigmas), 2, dtype=torch.float64)  # since the last row of the curves: losses, count
     bar = world.progress(p.steps, initial=state.step, unit="step") if world.rank == 0 else None
     while state.step < p.steps:
         x, level, z = batch(job, data, sigmas, state.step, world)
         sigma = sigmas[level].float()
         state.learning_rate = learning_rate(p, state.step)
-        loss = train_step(state, x.to(world.device), sigma.to(world.device), z.to(world.device), forward=forward)
+        here = (tensor.to(world.device) for tensor in (x, sigma, z))
+        loss = train_step(state, *here, forward=forward, threads=world.threads)
         window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
         if due(state.step, p.log_every, p.steps):
             curves = torch.cat([curves, row(state.step, world.sum(window))])

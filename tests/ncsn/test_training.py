@@ -68,6 +68,28 @@ def test_data_order_visits_every_image_once_an_epoch_and_any_part_agrees():
     assert torch.equal(data_order(10, seed=3, first=7, count=21), whole[7:28])
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_the_order_of_sums_alone(threads):
+    one, many, again = _state(), _state(), _state()
+    for step in range(3):
+        batch = torch.rand(7, 1, 4, 4), torch.rand(7) + 0.1, torch.randn(7, 1, 4, 4)
+        losses = [train_step(state, *batch, threads=n) for state, n in ((one, 1), (many, threads), (again, threads))]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4 if step else 1e-6, atol=0)
+        assert torch.equal(losses[1], losses[2])
+    for a, b in zip(many.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_any_run_of_samples_covers_the_levels_evenly():
+    for first in (0, 12_345, 2**40):
+        for count in (20, 64, 500):
+            level, _ = train_draws(SIGMAS, torch.Size((1, 1, 1)), seed=1, index=torch.arange(first, first + count))
+            counts = torch.bincount(level, minlength=5)
+            assert (counts - count / 5).abs().max() <= 2
+    one, other = (train_draws(SIGMAS, torch.Size((1, 1, 1)), seed=s, index=torch.arange(20))[0] for s in (0, 1))
+    assert not torch.equal(one, other)
+
+
 def test_draws_belong_to_the_sample_and_cover_the_levels_evenly():
     index = torch.arange(10_000)
     level, z = train_draws(SIGMAS, torch.Size((1, 2, 2)), seed=0, index=index)
