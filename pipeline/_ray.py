@@ -35,10 +35,10 @@ class World:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     threads: int = 1  # parts of a batch that this worker computes at the same time
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, such that a backward pass averages the gradients over the workers."""
+    def wrap(self, model: nn.Module) -> nn.Module | None:
+        """The model, such that a backward pass averages the gradients over the workers; None if there is but one."""
         if self.size == 1:
-            return model
+            return None
         return nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device] if self.device.type == "cuda" else None
         )

@@ -86,7 +86,7 @@ def fit(job: Job, world: _ray.World) -> None:
     data = np.load(job.data, mmap_mode="r")
     sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64)
     state, curves = start(job, world)
-    forward = world.wrap(state.model) if world.size > 1 else None
+    forward = world.wrap(state.model)
     window = torch.zeros(len(sigmas), 2, dtype=torch.float64)  # since the last row of the curves: losses, count
     bar = world.progress(p.steps, initial=state.step, unit="step") if world.rank == 0 else None
     while state.step < p.steps:
