@@ -4,7 +4,6 @@ Both write a list with torch.save: [network, optimizer] in 2019, [network, optim
 entry in 2020. Nothing in a file is ever run: what `torch.load(weights_only=True)` refuses is refused.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -63,16 +62,10 @@ def load(
     """
     try:
         states = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a spoilt file ends in any of a dozen kinds, of the zip reader, the unpickler or struct
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
             f"expected a checkpoint of tensors and numbers, got {path}, which is none or needs code to be run to read "
             f"it; nothing of it was run ({reason})"

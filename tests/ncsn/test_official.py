@@ -169,7 +169,7 @@ def test_tensors_that_do_not_fit_are_named():
         network_from_state_dict(
             {"begin_conv.weight": torch.zeros(4, 1, 3, 3), "normalizer.embed.weight": torch.ones(())}
         )
-    with pytest.raises(ValueError, match="of the wrong shape: normalizer.embed.weight"):
+    with pytest.raises(ValueError, match=r"of the wrong shape: normalizer\.embed\.weight"):
         weights = NCSNDeeper(channels=1, width=4, sigmas=SIGMAS).state_dict()
         network_from_state_dict(weights | {"normalizer.embed.weight": torch.zeros(10, 9)}, sigmas=SIGMAS)
 
@@ -205,6 +205,7 @@ class _Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("save", ["torch", "torch, old format", "pickle"])
 def test_a_file_that_runs_code_is_refused_and_nothing_is_run(tmp_path, save):
     file, trap = tmp_path / "checkpoint_5000.pth", tmp_path / "trap"
@@ -225,6 +226,7 @@ def test_a_file_that_runs_code_is_refused_and_nothing_is_run(tmp_path, save):
     assert trap.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_is_no_checkpoint_is_named(tmp_path):
     whole = (GOLDEN / FILES["ncsn"]).read_bytes()
     noise = torch.randint(256, (4096,), generator=torch.Generator().manual_seed(0)).byte().numpy().tobytes()
@@ -238,14 +240,14 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load(tmp_path / "none.pth")
 
 
-def test_a_flipped_byte_never_ends_in_another_error(tmp_path):
-    whole = bytearray((GOLDEN / FILES["ncsnv2"]).read_bytes())
-    ends = list(range(40, 4000, 60)) + list(range(len(whole) - 4000, len(whole), 60))  # pickle and directory
-    for k in ends:
-        spoilt = whole[:]
-        spoilt[k] ^= 0xFF
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_spoilt_file_ends_in_no_other_error(tmp_path, zipped):
+    small = dict(list(_states("ncsnv2")[0].items())[:4])
+    torch.save([small, {}, 0, 4], tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "file.pth").read_bytes()
+    for k in range(0, len(whole), len(whole) // 120):
+        spoilt = bytearray(whole)
+        spoilt[k] ^= 0x5A
         (tmp_path / "file.pth").write_bytes(spoilt)
-        try:
+        with pytest.raises(ValueError, match=r"^expected "):  # the few tensors make no network in any case
             load(tmp_path / "file.pth")
-        except ValueError:
-            pass
