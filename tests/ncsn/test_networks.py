@@ -81,7 +81,7 @@ def _golden(file):
 )
 def test_parameters_and_cost_are_the_published_ones(network, arguments, parameters, size, gflops):
     if "sigmas" in arguments:
-        arguments = arguments | {"sigmas": geometric_sigmas(50, 0.01, arguments["sigmas"])}
+        arguments = arguments | {"sigmas": geometric_sigmas(50, 0.01, arguments["sigmas"]).tolist()}
     with torch.device("meta"):
         built = network(**arguments).to("meta")
         x, sigma = torch.empty(1, arguments["channels"], size, size), torch.empty(1)
