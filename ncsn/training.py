@@ -30,16 +30,18 @@ class NonFiniteLossError(FloatingPointError):
 class EMA:
     """Exponential moving average of the weights (Technique 5): theta' <- m theta' + (1 - m) theta after each update.
 
-    m is min(decay, (1 + n) / (10 + n)) after n updates, so that the average forgets the initial weights early (the
-    warm-up of the score-SDE code). Buffers are copied, not averaged.
+    With the warm-up (of the score-SDE code) m is min(decay, (1 + n) / (10 + n)) after n updates, so that the average
+    forgets the initial weights early. Buffers are copied, not averaged.
 
     Args:
         model: The network whose weights are followed.
         decay: m, in [0, 1).
+        warmup: False keeps m = decay from the first update on, as the official code of 2020 does.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:
         self.decay = decay
+        self.warmup = warmup
         self.updates = 0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -47,7 +49,7 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the weights of `model`."""
         self.updates += 1
-        m = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        m = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - m)
         for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(other)

@@ -45,7 +45,11 @@ class NCSN(RefineNetwork):
     ) -> None:
         if norm not in ("instance++", "instance"):
             raise ValueError(f"expected norm to be 'instance++' or 'instance', got {norm!r}")
-        levels = sigmas.detach().clone() if isinstance(sigmas, Tensor) else torch.tensor(sigmas, dtype=torch.float64)
+        levels = (
+            sigmas.detach().clone()
+            if isinstance(sigmas, Tensor)
+            else torch.tensor(sigmas, dtype=torch.float64, device="cpu")
+        )
         if levels.ndim != 1 or len(levels) == 0 or not (levels[-1] > 0 and (levels[1:] < levels[:-1]).all()):
             raise ValueError(f"expected sigmas to decrease strictly to a positive value, got {levels.tolist()}")
         if (levels[1:] * (1 + TOLERANCE) > levels[:-1]).any():

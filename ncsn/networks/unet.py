@@ -96,23 +96,27 @@ class NoiseEmbedding(nn.Module):
 
 
 class EmbeddedResBlock(nn.Module):
-    """norm -> act -> conv, plus the embedding -> norm -> act -> conv, plus a shortcut (1x1 if the channels change)."""
+    """norm -> act -> conv -> norm, scaled and shifted by the embedding -> act -> conv, plus a shortcut.
+
+    The embedding comes after the norm, which would take away part of what is added before it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, features: int, act: str) -> None:
         super().__init__()
         self.act = ACTIVATIONS[act]
         self.norm1 = _group_norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.embed = nn.Linear(features, out_channels)
+        self.embed = nn.Linear(features, 2 * out_channels)
         self.norm2 = _group_norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         same = in_channels == out_channels
         self.shortcut: nn.Module = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        h = self.conv1(self.act(self.norm1(x))) + self.embed(self.act(e))[:, :, None, None]
-        return self.conv2(self.act(self.norm2(h))) + self.shortcut(x)
+        scale, shift = self.embed(self.act(e))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(self.conv1(self.act(self.norm1(x))))
+        return self.conv2(self.act((1 + scale) * h + shift)) + self.shortcut(x)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+    return nn.GroupNorm(max(1, math.gcd(16, channels) // 2), channels)  # at most 8 groups, of 2 channels or more
