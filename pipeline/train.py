@@ -104,8 +104,8 @@ def fit(job: Job, world: _ray.World) -> None:
 
 
 def learning_rate(p: _params.Train, step: int) -> float:
-    """The learning rate of a step, counted from 0: constant as in the papers, or falling linearly towards 0."""
-    return p.learning_rate * (1 - step / p.steps if p.decay == "linear" else 1)
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant, or falling linearly towards 0."""
+    return p.learning_rate * min(1, (step + 1) / max(1, p.warmup)) * (1 - step / p.steps if p.decay == "linear" else 1)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -125,7 +125,7 @@ def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.Wor
     x = images.to_float(torch.from_numpy(data[data_order(len(data), seed=p.seed, first=first, count=share).numpy()]))
     if job.params.data.flip:
         x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
-    level, z = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index)
+    level, z = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
     return x, level, z
 
 
