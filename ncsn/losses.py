@@ -76,7 +76,7 @@ def sliced_score_matching(
 def annealed_sliced_score_matching(
     score: Score, x: Tensor, sigma: Tensor, z: Tensor, v: Tensor, *, variance_reduced: bool = True
 ) -> Tensor:
-    """Sliced score matching at x + sigma z with the weight lambda(sigma) = sigma^2 (arXiv:1907.05600, section 3).
+    """Sliced score matching at x + sigma z with the weight lambda(sigma) = sigma^2 (arXiv:1907.05600, section 4.2).
 
     Args:
         score: The score network.
@@ -88,6 +88,9 @@ def annealed_sliced_score_matching(
 
     Returns:
         One loss an example, shape (B,).
+
+    Raises:
+        ValueError: If the directions do not have the shape of x.
     """
     noisy = x + _like_images(sigma, x) * z
     return sigma**2 * sliced_score_matching(score, noisy, sigma, v, variance_reduced=variance_reduced)

@@ -123,7 +123,7 @@ def suggest_sigma_1(images: Tensor) -> float:
 
     Then a chain at sigma_1 can cross between any two images: the mixture's responsibilities are bounded by
     E[r_j] <= exp(-||x_i - x_j||^2 / (8 sigma_1^2)) / 2. With more than 60,000 images the maximum is over 10,000 of
-    them, drawn with a fixed seed (and the log says so), as in the official code's note; the cost is O(N^2 D).
+    them (so the paper), drawn with a fixed seed, and the log says so; the cost is O(N^2 D).
 
     Args:
         images: Training images in [0, 1], shape (N, ...), N >= 2.
@@ -160,7 +160,11 @@ def suggest_sigma_1(images: Tensor) -> float:
 def overlap(gamma: float, dim: int) -> float:
     """The mass C that neighbouring levels share (Technique 2); the radius of noise is near N(sqrt(D) sigma, sigma^2/2).
 
-    C = Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma), from 1 at gamma = 1 towards 0.
+    C = Phi(sqrt(2 D) (gamma - 1) + 3 gamma) - Phi(sqrt(2 D) (gamma - 1) - 3 gamma), from 0.9973 at gamma = 1 towards 0.
+
+    Args:
+        gamma: sigma_{i-1} / sigma_i, >= 1.
+        dim: D = C H W.
     """
     shift = math.sqrt(2 * dim) * (gamma - 1)
     # erfc of the lower tail keeps the small values that a difference of two numbers near 1 would lose
@@ -206,6 +210,11 @@ def variance_ratio(u: Tensor, gamma: float, steps_per_level: int) -> Tensor:
     """s_T^2 / sigma_i^2: the variance that T Langevin steps leave at a level, over the level's own (Proposition 3).
 
     (1 - u)^(2 T) (gamma^2 - b) + b with b = 2 / (2 - u), for u = epsilon / sigma_L^2 in (0, 2); the same at each level.
+
+    Args:
+        u: Any shape, which the result has too.
+        gamma: sigma_{i-1} / sigma_i.
+        steps_per_level: T.
     """
     b = 2 / (2 - u)
     return (1 - u) ** (2 * steps_per_level) * (gamma**2 - b) + b

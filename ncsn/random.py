@@ -59,14 +59,14 @@ def words(seed: int, stream: int, index: Tensor, step: int, n: int) -> tuple[Ten
 
 
 def uniform(seed: int, stream: int, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
-    """Uniform values in [0, 1), multiples of 2^-24, float32, shape (B, *shape); arguments as `words`."""
+    """Uniform values in [0, 1), multiples of 2^-24, float32, shape (B, *shape); arguments and errors as `words`."""
     n = math.prod(shape)
     u = torch.stack(torch.broadcast_tensors(*words(seed, stream, index, step, n)), -1).flatten(1)[:, :n]
     return (u >> 8).float().mul_(2.0**-24).reshape(-1, *shape)
 
 
 def normal(seed: int, stream: int, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal values by the Box-Muller transform, float32, shape (B, *shape); arguments as `words`.
+    """Standard normal values by the Box-Muller transform, float32, shape (B, *shape); arguments and errors as `words`.
 
     From two uniforms u, v: sqrt(-2 log(1 - u)) times cos and sin of 2 pi v; with 24 bits |z| <= 5.77.
     """

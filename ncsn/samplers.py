@@ -80,7 +80,7 @@ def annealed_langevin(
 
     At each sigma_i, T times: x <- x + alpha s(x, sigma_i) + sqrt(2 alpha) z, with alpha = epsilon (sigma_i / sigma_L)^2
     or of another step rule.
-    At the end, with `denoise`: x <- x + sigma_L^2 s(x, sigma_L), the posterior mean (arXiv:2006.09011, section 5).
+    At the end, with `denoise`: x <- x + sigma_L^2 s(x, sigma_L), the posterior mean (arXiv:2006.09011, Algorithm 1).
 
     Args:
         score: s(x, sigma).

@@ -140,6 +140,9 @@ def train_draws(
 
     Returns:
         Level numbers, 0..L-1, int64, shape (B,); and standard normal z, float32, shape (B, C, H, W).
+
+    Raises:
+        ValueError: If the seed is not in [0, 2^32).
     """
     shift = random.uniform(seed, random.TRAIN_LEVEL, index.new_zeros(1), 0, (1,)).double()[0]
     turns = (index * _GOLDEN >> 32 & 0xFFFFFFFF).double() * 2.0**-32  # k phi mod 1: int64 wraps, which is the mod
@@ -176,6 +179,7 @@ def train_step(
 
     Raises:
         NonFiniteLossError: Before the weights are touched.
+        ValueError: If a forward is given and threads > 1.
     """
     if threads > 1 and forward is not None:
         raise ValueError(f"expected threads=1 with a forward of your own, got threads={threads}")

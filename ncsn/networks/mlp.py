@@ -10,6 +10,9 @@ class MLP(nn.Module):
     Args:
         features: Dimension of a point, D.
         width: Of the hidden layers; 128 as published.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(self, *, features: int = 2, width: int = 128) -> None:

@@ -172,7 +172,10 @@ class ResBlock(nn.Module):
 
 
 class ResidualConvUnit(nn.Module):
-    """RCU: `blocks` times x <- x + (norm -> act -> conv -> norm -> act -> conv)(x), convolutions without bias."""
+    """RCU: `blocks` times x <- x + (norm -> act -> conv -> norm -> act -> conv)(x), convolutions without bias.
+
+    Shapes (B, features, H, W), in and out.
+    """
 
     def __init__(self, features: int, blocks: int, act: str, norm: Norm = NoNorm) -> None:
         super().__init__()
@@ -199,7 +202,10 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {  # 5x5, the size stays
 
 
 class ChainedResidualPooling(nn.Module):
-    """CRP: x <- act(x), then twice p <- conv(pool(norm(p))) with x <- x + p, starting from p = x; no bias."""
+    """CRP: x <- act(x), then twice p <- conv(pool(norm(p))) with x <- x + p, starting from p = x; no bias.
+
+    Shapes (B, features, H, W), in and out.
+    """
 
     def __init__(self, features: int, act: str, *, pool: str = "max", norm: Norm = NoNorm, stages: int = 2) -> None:
         super().__init__()
@@ -217,7 +223,10 @@ class ChainedResidualPooling(nn.Module):
 
 
 class MultiResolutionFusion(nn.Module):
-    """MSF: the sum of conv(norm(x_i)), each brought to the output's size, bilinear with the corners aligned."""
+    """MSF: the sum of conv(norm(x_i)), each brought to the output's size, bilinear with the corners aligned.
+
+    Inputs (B, in_channels[i], H_i, W_i); output (B, features, *size).
+    """
 
     def __init__(self, in_channels: tuple[int, ...], features: int, norm: Norm = NoNorm) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class ResScore(ScoreNetwork):
 
 
 class Block(nn.Module):
-    """conv -> GroupNorm -> act -> conv -> GroupNorm, plus a shortcut, then act.
+    """conv -> GroupNorm -> act -> conv -> GroupNorm, plus a shortcut, then act: (B, in, H, W) -> (B, out, H', W').
 
     Args:
         in_channels: Channels of the input.
