@@ -107,16 +107,21 @@ def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
 
     Args:
         n: Images in the training set.
-        seed: Of the run.
+        seed: Of the run, in [0, 2^32).
         first: Global number of the first sample.
         count: Samples wanted.
 
     Returns:
         Image numbers, int64, shape (count,).
+
+    Raises:
+        ValueError: If seed is out of its range.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"expected seed in [0, 2^32), got {seed}")
     parts = []
     for epoch in range(first // n, -(-(first + count) // n)):
-        permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed << 32 | epoch))
+        permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed << 31 | epoch))
         parts.append(permutation[max(first - epoch * n, 0) : max(first + count - epoch * n, 0)])
     return torch.cat(parts)
 

@@ -48,6 +48,10 @@ def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
             how["sigma_1"] += f", among {noise.PAIRWISE_SAMPLE:,} of {len(x):,}"
     if sigma_1 <= given.sigma_L:
         raise _params.ParamsError(f"noise.sigma_L={given.sigma_L}: expected less than sigma_1={sigma_1:.4g}")
+    if L is None and given.spacing != "geometric":
+        raise _params.ParamsError(
+            f"noise.L is not given: Technique 2 counts geometric levels, noise.spacing={given.spacing} needs -S noise.L=..."
+        )
     if L is None:
         L = noise.suggest_levels(sigma_1, given.sigma_L, dim)
         how["L"] = "Technique 2: neighbouring levels overlap by 0.5"

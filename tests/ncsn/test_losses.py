@@ -115,7 +115,7 @@ def test_sliced_expectation_on_gaussian_data_is_that_of_score_matching(variance_
 
 
 def test_annealed_sliced_and_denoising_losses_differ_by_a_constant():
-    """E DSM = E sigma^2 SSM + D / 2, whatever the score (arXiv:1907.05600, section 3); here 3 sin(x) at one level."""
+    """E DSM = E sigma^2 SSM + D / 2, whatever the score (arXiv:1907.05600, section 4.2); here 3 sin(x) at one level."""
     n, dim, sigma = 200_000, 2, 0.5
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(n, dim, generator=generator)

@@ -50,6 +50,13 @@ def test_the_scale_multiplies_what_technique_4_gives_up_to_the_denoising_step(pa
     assert choose(epsilon=1e-4, epsilon_scale=4.0)["epsilon"] == 1e-4
 
 
+def test_linear_levels_need_their_number(params):
+    with pytest.raises(
+        _params.ParamsError, match=r"noise.L is not given: .* noise.spacing=linear needs -S noise.L=..."
+    ):
+        schedule.choose(dataclasses.replace(params.noise, spacing="linear"), _images())
+
+
 def test_a_last_level_above_the_data_is_refused(params):
     with pytest.raises(_params.ParamsError, match=r"noise.sigma_L=50.0: expected less than sigma_1="):
         schedule.choose(dataclasses.replace(params.noise, sigma_L=50.0), _images())
@@ -59,6 +66,6 @@ def test_the_plot_is_a_picture(params, tmp_path):
     from PIL import Image
 
     for spacing in ("geometric", "linear"):
-        chosen = schedule.choose(dataclasses.replace(params.noise, spacing=spacing), _images())
+        chosen = schedule.choose(dataclasses.replace(params.noise, spacing=spacing, L=10), _images())
         schedule.plot(chosen, tmp_path / "schedule.png")
         assert Image.open(tmp_path / "schedule.png").size == (1080, 408)
