@@ -50,7 +50,8 @@ def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
         raise _params.ParamsError(f"noise.sigma_L={given.sigma_L}: expected less than sigma_1={sigma_1:.4g}")
     if L is None and given.spacing != "geometric":
         raise _params.ParamsError(
-            f"noise.L is not given: Technique 2 counts geometric levels, noise.spacing={given.spacing} needs -S noise.L=..."
+            "noise.L is not given: Technique 2 counts geometric levels, "
+            f"noise.spacing={given.spacing} needs -S noise.L=..."
         )
     if L is None:
         L = noise.suggest_levels(sigma_1, given.sigma_L, dim)
