@@ -357,8 +357,8 @@ def test_short_curves_can_be_drawn(digits: Path, monkeypatch: pytest.MonkeyPatch
     levels = schedule.load()
     one = np.full((1, 1 + levels["L"]), np.nan)
     one[0, :3] = 20, 5, 4
-    assert report.level_plot(one, levels).startswith("data:image/svg+xml;base64,")
-    assert report.loss_plot(np.array([[20.0, 5.0]]), 64).startswith("data:image/svg+xml;base64,")
+    assert report.level_plot(one, levels["sigmas"], 0.0).startswith("data:image/svg+xml;base64,")
+    assert report.loss_plot(np.array([[20.0, 5.0]]), 32.0).startswith("data:image/svg+xml;base64,")
 
 
 def test_large_pictures_are_scaled_down() -> None:
