@@ -28,6 +28,8 @@ def test_every_experiment_composes(option):
         ["data=patches"],
         ["data=image_folder", "data.root=x", "data.resolution=32"],
         ["noise=ncsn"],
+        *([f"model={path.stem}"] for path in (CONF / "model").glob("*.yaml")),
+        *([f"loss={path.stem}"] for path in (CONF / "loss").glob("*.yaml")),
     ],
 )
 def test_every_group_option_composes(overrides):
@@ -57,6 +59,13 @@ def test_an_override_reaches_its_key_with_its_type():
         ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
         ("data.flip=1", "data.flip=1: expected true or false"),
         ("data.name=cifar", "data.name='cifar': expected one of digits, fashion_mnist, patches, image_folder"),
+        ("data.crop=140", "data.crop=140: expected null with data=digits"),
+        ("model.name=unet", "model.multipliers=None: expected null but for model.name=unet, which needs them; got"),
+        ("model.multipliers=[1,2]", "model.multipliers=(1, 2): expected null but for model.name=unet"),
+        ("model.multipliers=[1,0]", "model.multipliers=(1, 0): expected whole numbers >= 1, as in [1, 2, 2] or null"),
+        ("model=resscore", "Could not find 'model/resscore' Available options in 'model': ncsn ncsn_deeper ncsnv2"),
+        ("loss.projections=0", "loss.projections=0: expected a whole number >= 1"),
+        ("loss.name=sm", "loss.name='sm': expected one of dsm, ssm, ssm_vr"),
         ("data.channels=2", "data.channels=2: expected 1 or 3 or null"),
         ("runtime.workers=7", "runtime.workers=7: expected a divisor of train.batch_size=64"),
         ("train.save_every=30", "train.save_every=30: expected a multiple of train.log_every=20"),
