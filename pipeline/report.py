@@ -343,13 +343,12 @@ def versions() -> dict[str, str]:
 
 def hashes() -> dict[str, str]:
     """What was computed from what: the SHA-256 that the stages noted, then DVC's hashes by path."""
-    splits, weights, info = (
-        prepare.manifest()["splits"],
-        read_json(train.OUT / "model.json")["sha256"],
-        features.manifest(),
-    )
+    splits, model, info = prepare.manifest()["splits"], read_json(train.OUT / "model.json"), features.manifest()
+    weights = model["sha256"]
     found = {f"{split} images": splits[split]["sha256"] for split in prepare.SPLITS}
     found |= {"averaged weights": weights["ema"], "initial weights": weights["initial"]}
+    if "source" in model:
+        found |= {"fetched checkpoint": model["source"]["sha256"]}
     found |= {"samples": sample.manifest()["sha256"]}
     return found | ({"classifier": info["sha256"]} if info["labelled"] else {}) | dvc_hashes()
 

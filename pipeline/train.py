@@ -8,7 +8,7 @@ code: the same command goes on from the newest one, on a CPU to the same bits as
 import csv
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,13 @@ def describe(model: _params.Model, channels: int, sigmas: list[float]) -> dict[s
 def build(network: dict[str, Any]) -> ScoreNetwork:
     """The score network that model.json describes."""
     return NETWORKS[network["name"]](**{key: value for key, value in network.items() if key != "name"})
+
+
+def initial_network(network: dict[str, Any], seed: int) -> ScoreNetwork:
+    """The network with random weights, which depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(network)
 
 
 def check(network: dict[str, Any], shape: list[int]) -> None:
@@ -207,9 +214,7 @@ def observe(job: Job, state: TrainState, curves: Tensor, bar: Any) -> None:
 def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
     """The newest sound checkpoint, or the initial state."""
     p = job.params
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(p.train.seed)
-        model = build(job.network).to(world.device).to(memory_format=torch.channels_last)
+    model = initial_network(job.network, p.train.seed).to(world.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
@@ -276,24 +281,35 @@ def publish(job: Job, name: str) -> None:
     tensors, initial = load_file(last / "state.safetensors"), load_file(first / "state.safetensors")
     p = job.params
     with replacing_folder(OUT) as out:
-        for kind, source, prefix in (("ema", tensors, "ema."), ("initial", initial, "model.")):
-            weights = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
-            save_file(weights, out / f"{kind}.safetensors")
-        write_json(
-            out / "model.json",
+        write_model(
+            out,
+            below(tensors, "ema."),
+            below(initial, "model."),
             {
                 "network": job.network,
                 "space": "pixels",
                 "step": int(tensors["step"]),
-                "parameters": sum(value.numel() for value in weights.values()),
                 "ema_decay": p.train.ema_decay,
                 "seed": p.train.seed,
                 "fingerprint": name,
-                "sha256": {kind: sha256(out / f"{kind}.safetensors") for kind in ("ema", "initial")},
             },
         )
         write_curves(tensors["curves"], out)
         shutil.copytree(job.folder / "previews", out / "previews")
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def write_model(folder: Path, ema: dict[str, Tensor], initial: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write what the later stages need of a model: averaged and initial weights, and model.json."""
+    for kind, weights in (("ema", ema), ("initial", initial)):
+        save_file(weights, folder / f"{kind}.safetensors")
+    hashes = {kind: sha256(folder / f"{kind}.safetensors") for kind in ("ema", "initial")}
+    parameters = sum(value.numel() for value in initial.values())
+    write_json(folder / "model.json", about | {"parameters": parameters, "sha256": hashes})
 
 
 def write_curves(curves: Tensor, folder: Path) -> None:
