@@ -98,9 +98,9 @@ def expect_same(
     if found.sigmas is not None and not sample.same_levels(own := found.sigmas.tolist(), levels["sigmas"]):
         raise StageError(
             f"{checkpoint} was trained with {len(own)} noise levels from {own[0]:.6g} to {own[-1]:.6g}, but "
-            f"out/schedule has {levels['L']} from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}: write params.yaml "
-            f"anew with noise=manual noise.sigma_1={own[0]:.6g} noise.sigma_L={own[-1]:.6g} noise.L={len(own)} "
-            "noise.epsilon=..., and run `dvc repro schedule`"
+            f"out/schedule has {levels['L']} from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}: write "
+            f"params.yaml anew with noise=manual noise.sigma_1={own[0]:.6g} noise.sigma_L={own[-1]:.6g} "
+            f"noise.L={len(own)} noise.epsilon=..., and run `dvc repro schedule`"
         )
 
 

@@ -77,12 +77,13 @@ def render(params: _params.Params) -> str:
     )
     environment.filters |= {"number": number, "setting": setting}
     zero = levels["dim"] / 2 if params.loss.name == "dsm" else 0.0
-    trained = (train.OUT / "loss.csv").is_file()  # here; not where the weights were fetched
+    model = read_json(train.OUT / "model.json")
+    trained = "source" not in model  # here, not fetched
     with matplotlib.rc_context(STYLE):
         return environment.get_template("report.html").render(
             data=data,
             schedule=levels,
-            model=read_json(train.OUT / "model.json"),
+            model=model,
             drawn=sample.manifest(),
             grid=GRID,
             settings=_params.as_dict(params, *_track.RESULT_SECTIONS),
@@ -115,7 +116,7 @@ def complete(run: _track.Run) -> None:
     """
     drawn, levels, info = sample.manifest(), schedule.load(), features.manifest()
     run.params({"schedule": {key: levels[key] for key in ("sigma_1", "sigma_L", "L", "epsilon")}})
-    trained = (train.OUT / "loss.csv").is_file()
+    trained = "source" not in read_json(train.OUT / "model.json")
     if trained and not run.logged("train/loss"):
         run.history([(int(step), {"train/loss": loss}) for step, loss in curves("loss").tolist()])
     values = {f"eval/{name}": value for name, value in read_json(evaluate.OUT / "metrics.json").items()}
