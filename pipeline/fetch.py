@@ -59,10 +59,8 @@ def main(
     kept = found.ema_network or found.network
     if isinstance(kept, NCSN):
         network["norm"] = "instance++" if kept.normalizer.plus else "instance"
-    digest, kind = (
-        sha256(checkpoint),
-        "averaged" if found.ema_network else "of the last step, for want of averaged ones",
-    )
+    digest = sha256(checkpoint)
+    kind = "averaged" if found.ema_network else "of the last step, for want of averaged ones"
     with replacing_folder(train.OUT) as out:
         train.write_model(
             out,
