@@ -19,7 +19,7 @@ repro: setup ## Run the graph: digits in, drawn digits, FID, report and an MLflo
 	@echo "Look at out/report.html, or compare runs with: make ui"
 
 test: check ## Run every check: linters, types, import contracts, tests
-	pytest
+	pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Run the checks that need no run: ruff, mypy, import-linter
 	ruff check .

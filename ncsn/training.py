@@ -121,26 +121,29 @@ def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
     return torch.cat(parts)
 
 
-def train_draws(sigmas: Tensor, shape: torch.Size, *, seed: int, index: Tensor) -> tuple[Tensor, Tensor]:
+def train_draws(
+    sigmas: Tensor, shape: torch.Size, *, seed: int, index: Tensor, level_power: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The random draws of training for the samples with these global numbers.
 
-    The level of sample k is floor(L u_k) with u_k = (k phi + shift) mod 1, phi the golden ratio and a shift drawn by
-    the seed. Each level is as likely as with the papers' independent uniform draws, but any run of samples, so any
-    batch, has its even share of all levels (the additive recurrence is the sequence of least discrepancy): gradients
-    vary less from step to step.
+    The level of sample k is floor(L u_k^power) with u_k = (k phi + shift) mod 1, phi the golden ratio and a shift drawn
+    by the seed. With power 1 each level is as likely as with the papers' independent uniform draws; a smaller one
+    favours the small levels, where a score is hardest to learn. Any run of samples, so any batch, has its even share
+    of all levels (the additive recurrence is a sequence of low discrepancy): gradients vary less from step to step.
 
     Args:
         sigmas: Noise levels, shape (L,).
         shape: Of an image, (C, H, W).
         seed: Of the run.
         index: Global sample numbers, int64, shape (B,).
+        level_power: > 0; level i of 0..L-1 has probability ((i + 1) / L)^(1 / power) - (i / L)^(1 / power).
 
     Returns:
         Level numbers, 0..L-1, int64, shape (B,); and standard normal z, float32, shape (B, C, H, W).
     """
     shift = random.uniform(seed, random.TRAIN_LEVEL, index.new_zeros(1), 0, (1,)).double()[0]
     turns = (index * _GOLDEN >> 32 & 0xFFFFFFFF).double() * 2.0**-32  # k phi mod 1: int64 wraps, which is the mod
-    level = ((turns + shift) % 1 * len(sigmas)).long()
+    level = (((turns + shift) % 1) ** level_power * len(sigmas)).long()
     return level, random.normal(seed, random.TRAIN_NOISE, index, 0, shape)
 
 

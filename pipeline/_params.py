@@ -86,7 +86,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise levels; null means: computed from the data (Techniques 1, 2 and 4)."""
+    """The noise levels; null means: computed from the data (Techniques 1, 2 and 4). `epsilon_scale` multiplies that."""
 
     spacing: str = _one_of("geometric", "linear")
     sigma_1: float | None = _positive()
@@ -94,6 +94,7 @@ class Noise:
     L: int | None = _whole(2)
     steps_per_level: int = _whole(1)
     epsilon: float | None = _positive()
+    epsilon_scale: float = _positive()
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Train:
     steps: int = _whole(1)
     batch_size: int = _whole(1)
     learning_rate: float = _positive()
+    warmup: int = _whole(0)
     decay: str = _one_of("constant", "linear")
+    level_power: float = _positive()
     beta_2: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     adam_eps: float = _positive()
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)

@@ -63,6 +63,10 @@ def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
     if epsilon is None:
         epsilon = noise.suggest_epsilon(sigmas, T)
         how["epsilon"] = f"Technique 4 for T = {T} steps a level"
+        if given.epsilon_scale != 1:
+            # At sigma_L^2 a step leads to the posterior mean; at twice that Langevin steps diverge.
+            epsilon = min(given.epsilon_scale * epsilon, max(epsilon, given.sigma_L**2))
+            how["epsilon"] = f"{given.epsilon_scale:g} times {how['epsilon']}, at most sigma_L^2"
     return {
         "spacing": given.spacing,
         "sigma_1": sigma_1,

@@ -162,8 +162,8 @@ def fit(job: Job, world: _ray.World) -> None:
 
 
 def learning_rate(p: _params.Train, step: int) -> float:
-    """The learning rate of a step, counted from 0: constant as in the papers, or falling linearly towards 0."""
-    return p.learning_rate * (1 - step / p.steps if p.decay == "linear" else 1)
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant, or falling linearly towards 0."""
+    return p.learning_rate * min(1, (step + 1) / max(1, p.warmup)) * (1 - step / p.steps if p.decay == "linear" else 1)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -186,7 +186,7 @@ def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.Wor
         x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
     if p.dequantise:
         x = images.dequantise(x, random.uniform(p.seed, random.TRAIN_DEQUANTISE, index, 0, x.shape[1:]))
-    draws: tuple[Tensor, ...] = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index)
+    draws: tuple[Tensor, ...] = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
     if job.params.loss.name != "dsm":
         shape = (job.params.loss.projections, *x.shape[1:])
         draws = *draws, random.signs(p.seed, random.TRAIN_DIRECTION, index, 0, shape)

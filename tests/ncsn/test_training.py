@@ -90,6 +90,13 @@ def test_any_run_of_samples_covers_the_levels_evenly():
     assert not torch.equal(one, other)
 
 
+def test_a_power_favours_the_small_levels():
+    level, _ = train_draws(SIGMAS, torch.Size((1, 1, 1)), seed=0, index=torch.arange(10_000), level_power=0.5)
+    share = torch.bincount(level, minlength=5) / 10_000
+    edges = (torch.arange(6) / 5) ** 2
+    torch.testing.assert_close(share, edges[1:] - edges[:-1], rtol=0, atol=5e-4)
+
+
 def test_draws_belong_to_the_sample_and_cover_the_levels_evenly():
     index = torch.arange(10_000)
     level, z = train_draws(SIGMAS, torch.Size((1, 2, 2)), seed=0, index=index)

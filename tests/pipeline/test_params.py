@@ -24,7 +24,8 @@ def test_every_experiment_composes(option):
     if option != "tiny":  # published settings
         assert params.data.name == "image_folder"
         assert params.model.act == "elu"
-        assert params.train.beta_2 == 0.999
+        train = params.train
+        assert (train.decay, train.warmup, train.level_power, train.beta_2) == ("constant", 0, 1, 0.999)
         assert params.sample.denoise == params.model.name.startswith("ncsnv2")
 
 

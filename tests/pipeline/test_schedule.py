@@ -33,10 +33,21 @@ def test_what_is_given_is_kept(params):
 
 
 def test_only_one_given_leaves_the_others_to_the_data(params):
-    chosen = schedule.choose(dataclasses.replace(params.noise, L=20), _images())
+    chosen = schedule.choose(dataclasses.replace(params.noise, L=20, epsilon_scale=1.0), _images())
     assert chosen["L"] == 20
     sigmas = torch.tensor(chosen["sigmas"], dtype=torch.float64)
     assert chosen["epsilon"] == noise.suggest_epsilon(sigmas, params.noise.steps_per_level)
+
+
+def test_the_scale_multiplies_what_technique_4_gives_up_to_the_denoising_step(params):
+    def choose(**given):
+        return schedule.choose(dataclasses.replace(params.noise, **given), _images())
+
+    one, two, many = (choose(epsilon_scale=scale) for scale in (1.0, 2.0, 1000.0))
+    assert two["epsilon"] == 2 * one["epsilon"] < many["epsilon"] == params.noise.sigma_L**2
+    assert two["how"]["epsilon"] == "2 times Technique 4 for T = 5 steps a level, at most sigma_L^2"
+    assert one["how"]["epsilon"] == "Technique 4 for T = 5 steps a level"
+    assert choose(epsilon=1e-4, epsilon_scale=4.0)["epsilon"] == 1e-4
 
 
 def test_a_last_level_above_the_data_is_refused(params):

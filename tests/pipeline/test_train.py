@@ -53,6 +53,8 @@ def learn(compose_params, workdir):
             "train.steps=40",
             "train.batch_size=16",
             "train.preview_every=40",
+            "train.warmup=0",
+            "train.level_power=1",
             "noise.sigma_1=1",
             "noise.L=6",
             "noise.steps_per_level=1",
@@ -253,11 +255,13 @@ def test_weights_that_are_not_finite_are_not_saved(job):
     assert [path.name for path in train.checkpoints(job.folder)] == ["step_00000000"]
 
 
-def test_the_learning_rate_falls_linearly_or_stays(params):
-    constant = dataclasses.replace(params.train, learning_rate=0.1, steps=100, decay="constant")
+def test_the_learning_rate_warms_up_and_falls_linearly_or_stays(params):
+    constant = dataclasses.replace(params.train, learning_rate=0.1, steps=100, decay="constant", warmup=0)
     linear = dataclasses.replace(constant, decay="linear")
     assert [train.learning_rate(constant, step) for step in (0, 50, 99)] == [0.1, 0.1, 0.1]
     assert [train.learning_rate(linear, step) for step in (0, 50, 99)] == pytest.approx([0.1, 0.05, 0.001])
+    warm = dataclasses.replace(constant, warmup=10)
+    assert [train.learning_rate(warm, step) for step in (0, 4, 9, 50)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
 
 
 def test_initial_weights_depend_on_the_seed_alone(job):
