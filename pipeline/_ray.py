@@ -65,6 +65,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
     if address:
         ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(
             "local",
@@ -162,16 +163,18 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _quieter() -> Callable[[], None]:
-    """Silences Ray Train's placement-group cleaner, which complains each second of a cluster without a dashboard.
+    """Silences what Ray Train says of guards that a local cluster does not need.
 
-    It guards against a placement group that outlives its driver; a local cluster does not. The function is a local one
-    so that it is sent by value: by name, each process of the cluster would import this module, and with it torch.
+    The placement-group cleaner complains each second of a cluster without a dashboard; the request for more nodes
+    prints a traceback where processes start slowly. The function is a local one so that it is sent by value: by name,
+    each process of the cluster would import this module, and with it torch.
     """
 
     def quiet() -> None:
         import logging
 
-        logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel("ERROR")
+        for name in ("controller.placement_group_cleaner", "scaling_policy.autoscaling_coordinator_client"):
+            logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel("ERROR")
 
     return quiet
 

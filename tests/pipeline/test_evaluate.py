@@ -1,7 +1,6 @@
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +14,11 @@ from pipeline import _extractors, evaluate, features, prepare, sample
 from pipeline._params import Evaluate, Params
 from pipeline._stage import StageError
 from pipeline._store import read_json, sha256, write_json
+from tests.pipeline.doubles import Pictures, Recorder
 
 Compose = Callable[..., Params]
 Passports = dict[str, dict[str, Any]]
 N, N_UNTRAINED = 200, 50
-
-
-@dataclass
-class Recorder:
-    """Stands in for an MLflow run, whose database takes seconds to make."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-
-    @contextmanager
-    def run(self, params: Params) -> Iterator["Recorder"]:
-        yield self
-
-    def metrics(self, values: dict[str, float]) -> None:
-        self.values |= values
-
-    def artifact(self, path: Path, folder: str) -> None:
-        self.files.append(path)
-
-
-class Pictures(torch.utils.data.Dataset[torch.Tensor]):
-    """Images as torch-fidelity wants them: uint8, 3 channels."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        self.x = torch.from_numpy(np.array(x)).expand(-1, 3, -1, -1)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, k: int) -> torch.Tensor:
-        return self.x[k]
 
 
 def write_samples(kind: str, x: np.ndarray, *, size: int = 60) -> None:

@@ -1,6 +1,5 @@
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,36 +14,10 @@ from pipeline import _extractors, features, prepare
 from pipeline._params import Params
 from pipeline._stage import StageError
 from pipeline._store import read_json, sha256
+from tests.pipeline.doubles import Pictures, Recorder
 
 Compose = Callable[..., Params]
 FILES = ("classifier.safetensors", "classifier.json")
-
-
-class Recorder:
-    """Stands in for an MLflow run, whose database takes seconds to make."""
-
-    def __init__(self) -> None:
-        self.logged: dict[str, float] = {}
-
-    @contextmanager
-    def run(self, params: Params) -> Iterator["Recorder"]:
-        yield self
-
-    def metrics(self, values: dict[str, float]) -> None:
-        self.logged |= values
-
-
-class Pictures(torch.utils.data.Dataset[torch.Tensor]):
-    """Images as torch-fidelity wants them: uint8, 3 channels."""
-
-    def __init__(self, x: np.ndarray) -> None:
-        self.x = torch.from_numpy(np.array(x)).expand(-1, 3, -1, -1)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, k: int) -> torch.Tensor:
-        return self.x[k]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +51,7 @@ def test_digits_are_told_apart(trained: Path, digits: tuple[Path, Recorder]) -> 
     info = features.manifest()
     # Some 360 test images: a standard error of 0.009 at 0.97. The method reaches 0.99.
     assert info["test_accuracy"] >= 0.97
-    assert digits[1].logged == {"features/test_accuracy": info["test_accuracy"]}
+    assert digits[1].values == {"features/test_accuracy": info["test_accuracy"]}
 
 
 def test_what_is_written(trained: Path) -> None:
