@@ -4,6 +4,8 @@ The transforms are those of the 2020 code, in its order: dequantise, then either
 are arguments.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,13 @@ def to_logits(x: Tensor, lam: float = 1e-6) -> Tensor:
 def from_logits(y: Tensor) -> Tensor:
     """The sigmoid. As in the official code it gives back u, which is within lam of x."""
     return y.sigmoid()
+
+
+SPACES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "pixels": (torch.positive, torch.positive),
+    "centred": (centre, uncentre),
+    "logits": (to_logits, from_logits),
+}  # what the network of a checkpoint was trained on: from pixels in [0, 1], and back
 
 
 def flip(x: Tensor, u: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Streams: what the numbers are for, so that no two uses of one seed share them.
 # The numbers stay: new streams go to the end.
-STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP, KNOWN, OTHER_END = range(7)
+STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP, KNOWN, OTHER_END, TRAIN_DIRECTION, TRAIN_DEQUANTISE = range(9)
 
 _MASK = 0xFFFFFFFF
 
@@ -76,6 +76,11 @@ def normal(seed: int, stream: int, index: Tensor, step: int, shape: Sequence[int
     b, d = b * (2 * math.pi), d * (2 * math.pi)
     z = torch.stack((r * b.cos(), r * b.sin(), s * d.cos(), s * d.sin()), -1)
     return z.flatten(1)[:, :n].reshape(-1, *shape)
+
+
+def signs(seed: int, stream: int, index: Tensor, step: int, shape: Sequence[int]) -> Tensor:
+    """Rademacher values, -1 or 1 with the same probability, float32, shape (B, *shape); arguments as `words`."""
+    return torch.where(uniform(seed, stream, index, step, shape) < 0.5, -1.0, 1.0)
 
 
 def seeded_noise(seed: int, index: Tensor, stream: int = STEP) -> Callable[[Tensor, int], Tensor]:

@@ -44,6 +44,13 @@ def _positive() -> Any:
     return _rule("a number > 0", lambda value: value is None or 0 < value < float("inf"))
 
 
+def _multipliers() -> Any:
+    return _rule(
+        "whole numbers >= 1, as in [1, 2, 2]",
+        lambda value: value is None or (value and all(type(m) is int and m >= 1 for m in value)),
+    )
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set and its split. `root` is a folder or archive, for the sets that are read from disk."""
@@ -56,15 +63,25 @@ class Data:
     seed: int = _seed()
     sigma_L: float = _positive()
     flip: bool = _rule("true or false")
+    crop: int | None = _whole(2)
 
 
 @dataclass(frozen=True)
 class Model:
-    """The score network."""
+    """The score network; `multipliers` is of the U-Net alone."""
 
-    name: str = _one_of("ncsnv2")
+    name: str = _one_of("ncsn", "ncsn_deeper", "ncsnv2", "ncsnv2_deeper", "ncsnv2_deepest", "unet")
     width: int = _whole(2)
     act: str = _one_of("elu", "relu", "lrelu", "swish")
+    multipliers: tuple[int, ...] | None = _multipliers()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The objective: denoising score matching, or sliced score matching without or with reduced variance."""
+
+    name: str = _one_of("dsm", "ssm", "ssm_vr")
+    projections: int = _whole(1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Train:
-    """Denoising score matching."""
+    """How the objective is minimised."""
 
     steps: int = _whole(1)
     batch_size: int = _whole(1)
@@ -103,6 +120,7 @@ class Train:
     beta_2: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     adam_eps: float = _positive()
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
+    dequantise: bool = _rule("true or false")
     log_every: int = _whole(1)
     save_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
     preview_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
@@ -144,6 +162,7 @@ class Params:
 
     data: Data
     model: Model
+    loss: Loss
     noise: Noise
     features: Features
     train: Train
@@ -199,6 +218,13 @@ def parse(tree: Any) -> Params:
             f"runtime.workers={params.runtime.workers}: expected a divisor of "
             f"train.batch_size={params.train.batch_size}"
         )
+    if (params.model.multipliers is None) == (params.model.name == "unet"):
+        allowed = "null but for model.name=unet, which needs them"
+        raise ParamsError(
+            f"model.multipliers={params.model.multipliers}: expected {allowed}; got model.name={params.model.name}"
+        )
+    if params.data.crop is not None and params.data.name != "image_folder":
+        raise ParamsError(f"data.crop={params.data.crop}: expected null with data={params.data.name}")
     if params.noise.sigma_1 is not None and params.noise.sigma_1 <= params.noise.sigma_L:
         raise ParamsError(
             f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
@@ -237,9 +263,14 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
 
 
 def _value(kind: Any, value: Any, key: str, rule: Any) -> Any:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = [
+        typing.get_origin(each) or each
+        for each in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
+    ]
     if float in kinds and type(value) is int:
         value = float(value)
+    if tuple in kinds and type(value) is list:
+        value = tuple(value)
     if value == "???":
         raise ParamsError(f"{key} is not given: expected {rule['allowed']}, for instance -S {key}=...")
     if type(value) not in kinds or not rule["holds"](value):

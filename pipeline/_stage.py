@@ -15,18 +15,31 @@ class StageError(RuntimeError):
     """A failure whose message tells the person all they need; printed without a traceback."""
 
 
-def run(name: str, doc: str | None, main: Callable[[_params.Params], None]) -> None:
-    """Run one stage as a program: parse the command line, load params.yaml, call main, exit non-zero on failure."""
+def run(
+    name: str,
+    doc: str | None,
+    main: Callable[..., None],
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
+    """Run one stage as a program: parse the command line, load params.yaml, call main, exit non-zero on failure.
+
+    Args:
+        name: Of the module.
+        doc: Its docstring, shown by --help.
+        main: Takes the params, and what `options` adds by name.
+        options: Adds arguments to the parser.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--params", default="params.yaml", help="the composed parameters (default: %(default)s)")
-    args = parser.parse_args()
+    options(parser)
+    args = vars(parser.parse_args())
     logging.basicConfig(format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     log.setLevel(logging.INFO)
     start = time.monotonic()
     try:
-        main(_params.load(args.params))
+        main(_params.load(args.pop("params")), **args)
     except (_params.ParamsError, StageError) as error:
         sys.exit(f"error: {error}")
     log.info("done in %.1f s", time.monotonic() - start)

@@ -277,7 +277,7 @@ def _image_folder(data: Data) -> _Set:
     if not paths:
         raise StageError(f"{root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
     sides, names = _layout(paths)
-    images, errors = _decode_all(root, paths, data.resolution, data.channels)
+    images, errors = _decode_all(root, paths, data.resolution, data.channels, data.crop)
     if len(errors) > UNREADABLE_SHARE * len(paths):
         first = "; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3])
         raise StageError(
@@ -388,7 +388,9 @@ def _layout(paths: list[str]) -> tuple[list[str] | None, list[str] | None]:
     return sides, labels if len(labels) == len(paths) and len(set(labels)) > 1 else None
 
 
-def _decode_all(root: Path, paths: list[str], resolution: int, channels: int) -> tuple[Images, dict[str, str]]:
+def _decode_all(
+    root: Path, paths: list[str], resolution: int, channels: int, crop: int | None
+) -> tuple[Images, dict[str, str]]:
     """Decode the images into one array, row i from paths[i]; also the error of each file that cannot be, by path."""
     rows = {path: row for row, path in enumerate(paths)}
     images = np.zeros((len(paths), channels, resolution, resolution), np.uint8)
@@ -396,7 +398,7 @@ def _decode_all(root: Path, paths: list[str], resolution: int, channels: int) ->
     for path, read in tqdm(_image_files(root), "images", len(paths), unit="", disable=None):
         row = rows[path]
         try:
-            images[row] = _decode(read(), resolution, channels)
+            images[row] = _decode(read(), resolution, channels, crop)
         except BROKEN as error:
             errors[path] = f"{type(error).__name__}: {error}"
         else:
@@ -404,19 +406,21 @@ def _decode_all(root: Path, paths: list[str], resolution: int, channels: int) ->
     return images, errors
 
 
-def _decode(content: bytes, resolution: int, channels: int) -> Images:
+def _decode(content: bytes, resolution: int, channels: int, crop: int | None) -> Images:
     """Decode one image file, upright and on white, scale its shortest side to `resolution`, crop the centre.
 
     Args:
         content: The file's bytes.
         resolution: Side of the result, in pixels.
         channels: 1 (grey) or 3 (RGB).
+        crop: Side of the square at the centre that is kept of the file's pixels, before scaling; None keeps all.
 
     Returns:
         uint8, (channels, resolution, resolution).
 
     Raises:
-        ValueError: On 32-bit pixels, whose range is not known, and on other content than an image.
+        ValueError: On an image smaller than the crop, on 32-bit pixels, whose range is not known, and on other content
+            than an image.
         BROKEN: On a broken image.
     """
     try:
@@ -432,13 +436,21 @@ def _decode(content: bytes, resolution: int, channels: int) -> Images:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
+    if crop is not None:
+        if min(image.size) < crop:
+            raise ValueError(f"{image.width}x{image.height} pixels, fewer than data.crop={crop}")
+        image = _centre(image, crop)
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     # Pillow widens the bilinear kernel when it shrinks: antialiased
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = _centre(image, resolution)
     return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _patches(data: Data) -> _Set:

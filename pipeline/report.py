@@ -76,11 +76,14 @@ def render(params: _params.Params) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "setting": setting}
+    zero = levels["dim"] / 2 if params.loss.name == "dsm" else 0.0
+    model = read_json(train.OUT / "model.json")
+    trained = "source" not in model  # here, not fetched
     with matplotlib.rc_context(STYLE):
         return environment.get_template("report.html").render(
             data=data,
             schedule=levels,
-            model=read_json(train.OUT / "model.json"),
+            model=model,
             drawn=sample.manifest(),
             grid=GRID,
             settings=_params.as_dict(params, *_track.RESULT_SECTIONS),
@@ -97,8 +100,8 @@ def render(params: _params.Params) -> str:
                 "real": real_grid(),
                 "denoising": data_uri((sample.OUT / "denoising.gif").read_bytes(), "image/gif"),
                 "schedule": data_uri((schedule.OUT / "schedule.png").read_bytes(), "image/png"),
-                "loss": loss_plot(curves("loss"), levels["dim"]),
-                "levels": level_plot(curves("loss_per_level"), levels),
+                "loss": loss_plot(curves("loss"), zero) if trained else None,
+                "levels": level_plot(curves("loss_per_level"), levels["sigmas"], zero) if trained else None,
             },
             versions=versions(),
             hashes=hashes(),
@@ -113,7 +116,8 @@ def complete(run: _track.Run) -> None:
     """
     drawn, levels, info = sample.manifest(), schedule.load(), features.manifest()
     run.params({"schedule": {key: levels[key] for key in ("sigma_1", "sigma_L", "L", "epsilon")}})
-    if not run.logged("train/loss"):
+    trained = "source" not in read_json(train.OUT / "model.json")
+    if trained and not run.logged("train/loss"):
         run.history([(int(step), {"train/loss": loss}) for step, loss in curves("loss").tolist()])
     values = {f"eval/{name}": value for name, value in read_json(evaluate.OUT / "metrics.json").items()}
     run.metrics(values | ({"features/test_accuracy": info["test_accuracy"]} if info["labelled"] else {}))
@@ -121,7 +125,7 @@ def complete(run: _track.Run) -> None:
         run.image(np.asarray(Image.open(sample.OUT / "grid.png")), "samples", drawn["step"])
     run.tags({f"dvc.{path}": digest for path, digest in dvc_hashes().items()})
     run.artifact(schedule.OUT)
-    for name in ("loss", "loss_per_level"):
+    for name in ("loss", "loss_per_level") if trained else ():
         run.artifact(train.OUT / f"{name}.csv", "train")
     for name in ("grid.png", "denoising.gif"):
         run.artifact(sample.OUT / name, "samples")
@@ -220,8 +224,8 @@ def curves(name: str) -> np.ndarray:
     return np.genfromtxt(train.OUT / f"{name}.csv", delimiter=",", skip_header=1, ndmin=2)
 
 
-def loss_plot(loss: np.ndarray, dim: int) -> str:
-    """The loss over the steps, with a running mean if there are many rows."""
+def loss_plot(loss: np.ndarray, zero: float) -> str:
+    """The loss over the steps, with a running mean if there are many rows, beside that of a zero score."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     steps, values = loss.T
@@ -231,17 +235,17 @@ def loss_plot(loss: np.ndarray, dim: int) -> str:
         middle = slice((width - 1) // 2, (width - 1) // 2 + len(loss) - width + 1)
         mean = np.convolve(values, np.full(width, 1 / width), "valid")
         axes.plot(steps[middle], mean, color="C0", label=f"mean of {width} rows")
-    mark_zero_score(axes, dim, values)
+    mark_zero_score(axes, zero, values)
     axes.set(xlabel="step", title="loss")
     axes.legend()
     return svg(figure)
 
 
-def level_plot(loss: np.ndarray, levels: dict[str, Any]) -> str:
+def level_plot(loss: np.ndarray, levels: list[float], zero: float) -> str:
     """The loss of each noise level, averaged over windows of the training, from light to dark; its last row as dots."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    sigmas = np.array(levels["sigmas"])
+    sigmas = np.array(levels)
     steps = np.concatenate([[0], loss[:, 0]]).astype(int)
     edges = sorted({0, *(len(loss) >> k for k in range(WINDOWS))})
     shades = matplotlib.colormaps["Blues"](np.linspace(0.35, 1, len(edges) - 1))
@@ -250,15 +254,16 @@ def level_plot(loss: np.ndarray, levels: dict[str, Any]) -> str:
         there = np.isfinite(mean)
         axes.plot(sigmas[there], mean[there], color=shade, label=f"steps {steps[first] + 1:,} to {steps[last]:,}")
     axes.plot(sigmas, loss[-1, 1:], "o", ms=3, color="C1", label=f"steps {steps[-2] + 1:,} to {steps[-1]:,}")
-    mark_zero_score(axes, levels["dim"], loss[:, 1:])
+    mark_zero_score(axes, zero, loss[:, 1:])
     axes.set(xscale="log", xlabel=r"$\sigma$ (pixel units)", title="loss of each noise level")
     axes.legend(fontsize=7)
     return svg(figure)
 
 
-def mark_zero_score(axes: Axes, dim: int, losses: np.ndarray) -> None:
+def mark_zero_score(axes: Axes, zero: float, losses: np.ndarray) -> None:
     """Draw the loss of a zero score, and make the axis logarithmic where the losses span more than a decade."""
-    axes.axhline(dim / 2, color="0.6", lw=1, ls="--", label=f"zero score: D/2 = {dim / 2:g}")
+    label = f"zero score: D/2 = {zero:g}" if zero else "zero score"
+    axes.axhline(zero, color="0.6", lw=1, ls="--", label=label)
     least, most = np.nanmin(losses), np.nanmax(losses)
     if 0 < 10 * least < most:
         axes.set_yscale("log")
@@ -339,13 +344,12 @@ def versions() -> dict[str, str]:
 
 def hashes() -> dict[str, str]:
     """What was computed from what: the SHA-256 that the stages noted, then DVC's hashes by path."""
-    splits, weights, info = (
-        prepare.manifest()["splits"],
-        read_json(train.OUT / "model.json")["sha256"],
-        features.manifest(),
-    )
+    splits, model, info = prepare.manifest()["splits"], read_json(train.OUT / "model.json"), features.manifest()
+    weights = model["sha256"]
     found = {f"{split} images": splits[split]["sha256"] for split in prepare.SPLITS}
     found |= {"averaged weights": weights["ema"], "initial weights": weights["initial"]}
+    if "source" in model:
+        found |= {"fetched checkpoint": model["source"]["sha256"]}
     found |= {"samples": sample.manifest()["sha256"]}
     return found | ({"classifier": info["sha256"]} if info["labelled"] else {}) | dvc_hashes()
 

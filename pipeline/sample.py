@@ -9,7 +9,7 @@ import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ncsn import images, random, samplers
+from ncsn.networks.ncsn import TOLERANCE
 from pipeline import _params, _ray, _stage, _track, prepare, schedule, train
 from pipeline._pictures import grid_picture, save_gif, save_png
-from pipeline._stage import log
+from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint, read_json, replacing, replacing_folder, sha256, write_json
 
 OUT = Path("out/samples")
@@ -43,6 +44,7 @@ class Sampler:
     denoise: bool
     seed: int
     folder: Path
+    space: str = "pixels"  # what the network sees: a key of images.SPACES
 
     @property
     def nfe(self) -> int:
@@ -65,17 +67,18 @@ class Drawer:
         """Images with these numbers, uint8, shape (B, C, H, W)."""
         s = self.sampler
         index = index.to(self.device)
+        to_space, to_pixels = images.SPACES[s.space]
         x = samplers.annealed_langevin(
             self.network,
-            random.start_images(s.seed, index, s.shape),
+            to_space(random.start_images(s.seed, index, s.shape)),
             self.sigmas,
             epsilon=s.schedule["epsilon"],
             steps_per_level=s.schedule["steps_per_level"],
             denoise=s.denoise,
             noise=random.seeded_noise(s.seed, index),
-            observe=observe,
+            observe=observe and (lambda x, step, sigma: observe(to_pixels(x), step, sigma)),
         )
-        return images.to_uint8(x).cpu()
+        return images.to_uint8(to_pixels(x)).cpu()
 
     def __call__(self, shard: tuple[int, int]) -> None:
         """Draw images first..last-1 into a file, with its hash in a file beside it, written last."""
@@ -121,8 +124,17 @@ def make_sampler(params: _params.Params, kind: str) -> Sampler:
     """The sampler of the averaged ("ema") or initial ("untrained") weights; its folder's name hashes all of it."""
     model, levels, shape = read_json(train.OUT / "model.json"), schedule.load(), prepare.manifest()["shape"]
     name = {"ema": "ema", "untrained": "initial"}[kind]
+    train.check(model["network"], shape)
+    own = model["network"].get("sigmas", levels["sigmas"])
+    if not same_levels(own, levels["sigmas"]):
+        raise StageError(
+            f"out/schedule has {levels['L']} levels from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}, but the "
+            f"{model['network']['name']} in out/train knows none but its own {len(own)} from {own[0]:.6g} to "
+            f"{own[-1]:.6g}: set noise.* to these, or train it anew"
+        )
     identity = {
         "network": model["network"],
+        "space": model["space"],
         "weights": model["sha256"][name],
         "schedule": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},
         "sample": {"denoise": params.sample.denoise, "seed": params.sample.seed},
@@ -137,8 +149,14 @@ def make_sampler(params: _params.Params, kind: str) -> Sampler:
         shape=tuple(shape),
         denoise=params.sample.denoise,
         seed=params.sample.seed,
+        space=model["space"],
         folder=(train.RUNS / f"sample-{fingerprint(identity)}").resolve(),
     )
+
+
+def same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two ladders are one, up to what NCSN tolerates."""
+    return len(a) == len(b) and np.allclose(a, b, rtol=TOLERANCE, atol=0)
 
 
 def shards(n: int, size: int) -> list[tuple[int, int]]:

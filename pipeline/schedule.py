@@ -11,7 +11,7 @@ import torch
 
 from ncsn import images, noise
 from pipeline import _params, _stage, _track, prepare
-from pipeline._stage import log
+from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
 
 OUT = Path("out/schedule")
@@ -31,8 +31,15 @@ def main(params: _params.Params) -> None:
 
 
 def load(folder: Path = OUT) -> dict[str, Any]:
-    """The schedule that `main` wrote; its "sigmas" and "step_sizes" are lists."""
-    schedule: dict[str, Any] = read_json(folder / "schedule.json")
+    """The schedule that `main` wrote; its "sigmas" and "step_sizes" are lists.
+
+    Raises:
+        StageError: If it has not been written.
+    """
+    path = folder / "schedule.json"
+    if not path.is_file():
+        raise StageError(f"{path} does not exist: write it with `dvc repro schedule`")
+    schedule: dict[str, Any] = read_json(path)
     return schedule
 
 

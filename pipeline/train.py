@@ -1,13 +1,14 @@
-"""Train the score network by denoising score matching, on Ray Train.
+"""Train the score network by denoising or sliced score matching, on Ray Train.
 
-Reads out/data, out/schedule and the sections `model` and `train`; writes out/train: the averaged weights, the initial
-ones, the loss curves and previews. Checkpoints lie in runs/, under a name that hashes parameters, data and code: the
-same command goes on from the newest one, on a CPU to the same bits as a run that was never broken.
+Reads out/data, out/schedule and the sections `loss`, `model` and `train`; writes out/train: the averaged weights, the
+initial ones, the loss curves and previews. Checkpoints lie in runs/, under a name that hashes parameters, data and
+code: the same command goes on from the newest one, on a CPU to the same bits as a run that was never broken.
 """
 
 import csv
 import math
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncsn import images, random, samplers
-from ncsn.networks import NCSNv2
-from ncsn.training import TrainState, data_order, train_draws, train_step
+from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
+from ncsn.networks import NCSN, NETWORKS, ScoreNetwork
+from ncsn.training import Objective, TrainState, data_order, train_draws, train_step
 from pipeline import _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, save_png
 from pipeline._stage import StageError, log
@@ -42,11 +44,17 @@ class Job:
     folder: Path
     run: _track.Run
 
+    @property
+    def network(self) -> dict[str, Any]:
+        """What model.json says of the network."""
+        return describe(self.params.model, self.shape[0], self.schedule["sigmas"])
+
 
 def main(params: _params.Params) -> None:
     manifest, levels = prepare.manifest(), schedule.load()
+    check(describe(params.model, manifest["shape"][0], levels["sigmas"]), manifest["shape"])
     identity = {
-        "params": _params.as_dict(params, "model", "train"),
+        "params": _params.as_dict(params, "loss", "model", "train"),
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
         "sigmas": levels["sigmas"],
@@ -75,9 +83,59 @@ def main(params: _params.Params) -> None:
         run.artifact(OUT / "loss_per_level.csv", "train")
 
 
-def build(network: dict[str, Any]) -> nn.Module:
+def describe(model: _params.Model, channels: int, sigmas: list[float]) -> dict[str, Any]:
+    """The name and all arguments of a network for images with so many channels, and for these noise levels."""
+    network: dict[str, Any] = {"name": model.name, "channels": channels, "width": model.width, "act": model.act}
+    network["rescale"] = True
+    if model.multipliers is not None:
+        network["multipliers"] = list(model.multipliers)
+    if issubclass(NETWORKS[model.name], NCSN):
+        network["sigmas"] = sigmas
+    return network
+
+
+def build(network: dict[str, Any]) -> ScoreNetwork:
     """The score network that model.json describes."""
-    return NCSNv2(channels=network["channels"], width=network["width"], act=network["act"])
+    return NETWORKS[network["name"]](**{key: value for key, value in network.items() if key != "name"})
+
+
+def initial_network(network: dict[str, Any], seed: int) -> ScoreNetwork:
+    """The network with random weights, which depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(network)
+
+
+def check(network: dict[str, Any], shape: list[int]) -> None:
+    """Raise StageError if the network cannot be built or cannot take images of this shape, (C, H, W)."""
+    try:
+        with torch.device("meta"):
+            multiple = build(network).multiple
+    except ValueError as error:
+        raise StageError(f"model.name={network['name']}: {error}") from error
+    if any(side % multiple for side in shape[1:]):
+        raise StageError(
+            f"data.resolution: the images are {shape[1]}x{shape[2]}, but model.name={network['name']} takes sides that "
+            f"are multiples of {multiple} alone; set data.resolution to one (data=image_folder) or take another model"
+        )
+
+
+def objective(loss: _params.Loss) -> Objective:
+    """The loss of each example, from the score and what `batch` returns.
+
+    Sliced score matching projects on Rademacher directions, of the three kinds that arXiv:1905.07088 names (beside
+    standard normal ones and unit vectors): E[v v^T] = I makes ssm and ssm_vr estimates of the same objective, and
+    v . J v has the least variance, since J's diagonal enters exactly. The official code draws normal ones for ssm_vr,
+    and for ssm unit vectors along each row of an image, a slip.
+    """
+    if loss.name == "dsm":
+        return denoising_score_matching
+
+    def sliced(score: Callable[..., Tensor], x: Tensor, sigma: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        reduced = loss.name == "ssm_vr"
+        return annealed_sliced_score_matching(score, x, sigma, z, v.transpose(0, 1), variance_reduced=reduced)
+
+    return sliced
 
 
 def fit(job: Job, world: _ray.World) -> None:
@@ -90,11 +148,11 @@ def fit(job: Job, world: _ray.World) -> None:
     window = torch.zeros(len(sigmas), 2, dtype=torch.float64)  # since the last row of the curves: losses, count
     bar = world.progress(p.steps, initial=state.step, unit="step") if world.rank == 0 else None
     while state.step < p.steps:
-        x, level, z = batch(job, data, sigmas, state.step, world)
+        x, level, *draws = batch(job, data, sigmas, state.step, world)
         sigma = sigmas[level].float()
         state.learning_rate = learning_rate(p, state.step)
-        here = (tensor.to(world.device) for tensor in (x, sigma, z))
-        loss = train_step(state, *here, forward=forward, threads=world.threads)
+        here = (tensor.to(world.device) for tensor in (x, sigma, *draws))
+        loss = train_step(state, *here, objective=objective(job.params.loss), forward=forward, threads=world.threads)
         window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
         if due(state.step, p.log_every, p.steps):
             curves = torch.cat([curves, row(state.step, world.sum(window))])
@@ -113,8 +171,9 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.World) -> tuple[Tensor, Tensor, Tensor]:
-    """This worker's share of a global batch: images (B, C, H, W) in [0, 1], levels (B,), noise shaped like the images.
+def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.World) -> tuple[Tensor, ...]:
+    """This worker's share of a global batch: images (B, C, H, W) in [0, 1], levels (B,), noise shaped like the images;
+    for sliced score matching also n directions an image, (B, n, C, H, W).
 
     Everything is a function of the seed and of the samples' global numbers.
     """
@@ -125,8 +184,13 @@ def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.Wor
     x = images.to_float(torch.from_numpy(data[data_order(len(data), seed=p.seed, first=first, count=share).numpy()]))
     if job.params.data.flip:
         x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
-    level, z = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
-    return x, level, z
+    if p.dequantise:
+        x = images.dequantise(x, random.uniform(p.seed, random.TRAIN_DEQUANTISE, index, 0, x.shape[1:]))
+    draws: tuple[Tensor, ...] = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
+    if job.params.loss.name != "dsm":
+        shape = (job.params.loss.projections, *x.shape[1:])
+        draws = *draws, random.signs(p.seed, random.TRAIN_DIRECTION, index, 0, shape)
+    return x, *draws
 
 
 def row(step: int, window: Tensor) -> Tensor:
@@ -150,10 +214,7 @@ def observe(job: Job, state: TrainState, curves: Tensor, bar: Any) -> None:
 def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
     """The newest sound checkpoint, or the initial state."""
     p = job.params
-    network = {"channels": job.shape[0], "width": p.model.width, "act": p.model.act}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(p.train.seed)
-        model = build(network).to(world.device).to(memory_format=torch.channels_last)
+    model = initial_network(job.network, p.train.seed).to(world.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
@@ -220,23 +281,35 @@ def publish(job: Job, name: str) -> None:
     tensors, initial = load_file(last / "state.safetensors"), load_file(first / "state.safetensors")
     p = job.params
     with replacing_folder(OUT) as out:
-        for kind, source, prefix in (("ema", tensors, "ema."), ("initial", initial, "model.")):
-            weights = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
-            save_file(weights, out / f"{kind}.safetensors")
-        write_json(
-            out / "model.json",
+        write_model(
+            out,
+            below(tensors, "ema."),
+            below(initial, "model."),
             {
-                "network": {"name": p.model.name, "channels": job.shape[0], "width": p.model.width, "act": p.model.act},
+                "network": job.network,
+                "space": "pixels",
                 "step": int(tensors["step"]),
-                "parameters": sum(value.numel() for value in weights.values()),
                 "ema_decay": p.train.ema_decay,
                 "seed": p.train.seed,
                 "fingerprint": name,
-                "sha256": {kind: sha256(out / f"{kind}.safetensors") for kind in ("ema", "initial")},
             },
         )
         write_curves(tensors["curves"], out)
         shutil.copytree(job.folder / "previews", out / "previews")
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def write_model(folder: Path, ema: dict[str, Tensor], initial: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write what the later stages need of a model: averaged and initial weights, and model.json."""
+    for kind, weights in (("ema", ema), ("initial", initial)):
+        save_file(weights, folder / f"{kind}.safetensors")
+    hashes = {kind: sha256(folder / f"{kind}.safetensors") for kind in ("ema", "initial")}
+    parameters = sum(value.numel() for value in initial.values())
+    write_json(folder / "model.json", about | {"parameters": parameters, "sha256": hashes})
 
 
 def write_curves(curves: Tensor, folder: Path) -> None:

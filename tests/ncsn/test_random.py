@@ -44,7 +44,8 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(shape):
 
 def test_streams_keep_their_numbers():
     names = ["STEP", "START", "TRAIN_NOISE", "TRAIN_LEVEL", "TRAIN_FLIP", "KNOWN", "OTHER_END"]
-    assert [getattr(random, name) for name in names] == list(range(7))
+    names += ["TRAIN_DIRECTION", "TRAIN_DEQUANTISE"]
+    assert [getattr(random, name) for name in names] == list(range(9))
 
 
 def test_noisy_images_start_at_the_data():
@@ -94,6 +95,15 @@ def test_uniform_covers_its_range():
     assert u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 99 + 5 * math.sqrt(2 * 99)  # chi-squared with 99 degrees
+
+
+def test_signs_are_independent_and_fair():
+    v = random.signs(0, random.TRAIN_DIRECTION, torch.arange(2000), 0, (3, 100)).double()
+    assert v.shape == (2000, 3, 100)
+    assert set(v.unique().tolist()) == {-1, 1}
+    for product in (v, v[1:] * v[:-1], v[:, 1:] * v[:, :-1], v[..., 1:] * v[..., :-1]):
+        assert abs(product.mean()) < 5 / math.sqrt(product.numel())
+    assert torch.equal(random.signs(0, random.TRAIN_DIRECTION, torch.tensor([7]), 0, (3, 100))[0].double(), v[7])
 
 
 def test_out_of_range_seed_is_refused():

@@ -318,9 +318,9 @@ def test_folder_and_archive_give_the_same(prepared: Prepared, mixed: Path, workd
         assert again["splits"] == manifest["splits"]
 
 
-def only_image(prepared: Prepared, root: Path) -> np.ndarray:
+def only_image(prepared: Prepared, root: Path, **changes: Any) -> np.ndarray:
     """The prepared image of a folder that holds several copies of it; (C, H, W)."""
-    folder(prepared, root)
+    folder(prepared, root, **changes)
     train, test = prepare.load("train")[0], prepare.load("test")[0]
     assert (train[0] == test[0]).all()
     return np.asarray(train[0])
@@ -375,6 +375,17 @@ def test_shortest_side_is_scaled_and_the_centre_cropped(
     save_twice(workdir / "wide", Image.fromarray(np.ascontiguousarray(pixels)))
     image = only_image(prepared, workdir / "wide")
     assert (image[:, 1:-1, 1:-1] == 100).all()
+
+
+def test_the_crop_comes_before_the_scaling(prepared: Prepared, workdir: Path) -> None:
+    """A frame of 250 around 24 pixels of 100; the crop keeps 20 of them."""
+    pixels = np.full((40, 48), 250, np.uint8)
+    pixels[8:32, 12:36] = 100
+    save_twice(workdir / "framed", Image.fromarray(pixels))
+    assert (only_image(prepared, workdir / "framed", crop=20) == 100).all()
+    assert (only_image(prepared, workdir / "framed", crop=40)[:, 0] == 250).all()
+    with pytest.raises(StageError, match=r"48x40 pixels, fewer than data.crop=41"):
+        only_image(prepared, workdir / "framed", crop=41)
 
 
 def test_shrinking_is_antialiased(prepared: Prepared, workdir: Path) -> None:

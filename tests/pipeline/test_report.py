@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -307,6 +308,36 @@ def test_without_metrics_the_reason_is_shown(params: Params, compose_params: Com
         assert absent not in content
 
 
+def test_fetched_weights_are_said_to_be_so_and_need_no_curves(
+    page: str, params: Params, workdir: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits / "out", workdir / "out")
+    monkeypatch.chdir(workdir)
+    model = read_json(train.OUT / "model.json")
+    for name in ("loss", "loss_per_level"):
+        (train.OUT / f"{name}.csv").unlink()
+    with pytest.raises(FileNotFoundError):
+        report.render(params)
+    write_json(train.OUT / "model.json", model | {"source": {"file": "checkpoint_3.pth", "sha256": "f" * 64}})
+    content = text(report.render(params))
+    assert f"The weights were fetched from checkpoint_3.pth (SHA-256 {'f' * 64}), not trained here." in content
+    assert "600 steps, fetched; data: 1,438 images" in content
+    assert f"fetched checkpoint {'f' * 64}" in content
+    assert "Denoising score matching" not in content
+    recorder = Recorder()
+    write_text(report.OUT, content)
+    report.complete(recorder)
+    assert "history" not in recorder.values
+
+
+@pytest.mark.parametrize(("loss", "square"), [("ssm", "½ (v·s)²"), ("ssm_vr", "½ ‖s‖²")])
+def test_the_objective_is_named(page: str, params: Params, loss: str, square: str) -> None:
+    content = text(report.render(replace(params, loss=replace(params.loss, name=loss))))
+    assert f"Sliced score matching, σ² ({square} + v·Jv)" in content
+    assert "Denoising score matching" not in content
+    assert "Denoising score matching" in text(page)
+
+
 def test_names_are_escaped(digits: Path, params: Params, workdir: Path) -> None:
     """In the page, and in a plot, where a dollar begins mathematics."""
     (workdir / "out").symlink_to(digits / "out")
@@ -357,8 +388,8 @@ def test_short_curves_can_be_drawn(digits: Path, monkeypatch: pytest.MonkeyPatch
     levels = schedule.load()
     one = np.full((1, 1 + levels["L"]), np.nan)
     one[0, :3] = 20, 5, 4
-    assert report.level_plot(one, levels).startswith("data:image/svg+xml;base64,")
-    assert report.loss_plot(np.array([[20.0, 5.0]]), 64).startswith("data:image/svg+xml;base64,")
+    assert report.level_plot(one, levels["sigmas"], 0.0).startswith("data:image/svg+xml;base64,")
+    assert report.loss_plot(np.array([[20.0, 5.0]]), 32.0).startswith("data:image/svg+xml;base64,")
 
 
 def test_large_pictures_are_scaled_down() -> None:
