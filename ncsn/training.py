@@ -62,11 +62,14 @@ class TrainState:
         model: The score network.
         optimizer: Of all its parameters, in one group.
         ema_decay: Of `EMA`.
+        ema_warmup: Of `EMA`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema_decay: float, ema_warmup: bool = True
+    ) -> None:
         self.model = model
-        self.ema = EMA(model, ema_decay)
+        self.ema = EMA(model, ema_decay, warmup=ema_warmup)
         self.optimizer = optimizer
         self.step = 0
 

@@ -120,6 +120,7 @@ class Train:
     beta_2: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     adam_eps: float = _positive()
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
+    ema_warmup: bool = _rule("true or false")
     dequantise: bool = _rule("true or false")
     log_every: int = _whole(1)
     save_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)

@@ -218,7 +218,7 @@ def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
     optimizer = torch.optim.Adam(
         model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
-    state = TrainState(model, optimizer, ema_decay=p.train.ema_decay)
+    state = TrainState(model, optimizer, ema_decay=p.train.ema_decay, ema_warmup=p.train.ema_warmup)
     curves = torch.empty(0, 2 + job.schedule["L"], dtype=torch.float64)
     for folder in checkpoints(job.folder):
         file = folder / "state.safetensors"
