@@ -92,6 +92,7 @@ class Noise:
     sigma_1: float | None = _positive()
     sigma_L: float = _positive()
     L: int | None = _whole(2)
+    overlap: float = _rule("a number between 0 and 0.997", lambda value: 0 < value < 0.997)
     steps_per_level: int = _whole(1)
     epsilon: float | None = _positive()
     epsilon_scale: float = _positive()

@@ -61,8 +61,8 @@ def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
             f"noise.spacing={given.spacing} needs -S noise.L=..."
         )
     if L is None:
-        L = noise.suggest_levels(sigma_1, given.sigma_L, dim)
-        how["L"] = "Technique 2: neighbouring levels overlap by 0.5"
+        L = noise.suggest_levels(sigma_1, given.sigma_L, dim, given.overlap)
+        how["L"] = f"Technique 2: neighbouring levels overlap by {given.overlap:g}"
     ladder = noise.geometric_sigmas if given.spacing == "geometric" else noise.linear_sigmas
     sigmas = ladder(sigma_1, given.sigma_L, L)
     if epsilon is None:

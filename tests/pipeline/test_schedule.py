@@ -17,7 +17,7 @@ def test_null_means_computed_from_the_data(params):
     chosen = schedule.choose(params.noise, _images())
     distances = torch.cdist(_images().flatten(1), _images().flatten(1))
     assert chosen["sigma_1"] == pytest.approx(distances.max().item(), rel=1e-5)
-    assert chosen["L"] == noise.suggest_levels(chosen["sigma_1"], params.noise.sigma_L, 64)
+    assert chosen["L"] == noise.suggest_levels(chosen["sigma_1"], params.noise.sigma_L, 64, params.noise.overlap)
     assert chosen["sigmas"] == noise.geometric_sigmas(chosen["sigma_1"], params.noise.sigma_L, chosen["L"]).tolist()
     steps = torch.tensor(chosen["step_sizes"])
     assert steps[-1] == pytest.approx(chosen["epsilon"])
