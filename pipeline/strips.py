@@ -29,18 +29,20 @@ UNKNOWN = (0.96, 0.78, 0.6)  # the colour of what is not known, as RGB
 
 
 def main(params: _params.Params) -> None:
+    torch.set_num_threads(1)  # a few small images: more threads would only wait for each other
     try:
         drawer = sample.Drawer(sample.make_sampler(params, "ema"))
     except FileNotFoundError as error:
         raise StageError(f"{error.filename} does not exist: write it with `dvc repro train`") from error
+    sampler = drawer.sampler
     with replacing_folder(OUT) as out:
         record = {
             "sampler": {
-                "weights_sha256": drawer.sampler.weights_sha256,
-                "step": drawer.sampler.step,
-                "denoise": drawer.sampler.denoise,
-                "nfe": drawer.sampler.nfe,
-                "seed": drawer.sampler.seed,
+                "weights_sha256": sampler.weights_sha256,
+                "step": sampler.step,
+                "denoise": sampler.denoise,
+                "nfe": sampler.nfe,
+                "seed": sampler.seed,
             },
             "inpainting": inpainting(drawer, out / "inpainting.png"),
             "interpolation": interpolation(drawer, out / "interpolation.png"),
@@ -51,7 +53,7 @@ def main(params: _params.Params) -> None:
 
 
 def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int = 6) -> dict[str, Any]:
-    """Test images, what is known of each, and completions: the whole sampler for each, known pixels put in at each step.
+    """Test images, what is known of each, and completions by the whole sampler, the known pixels put in at each step.
 
     Measured are distances over the unknown pixels, a mean over pairs: of completions of one image from each other,
     and from the truth.
@@ -61,11 +63,7 @@ def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int =
     real = images.to_float(torch.from_numpy(data[chosen])).to(drawer.device)
     mask = torch.zeros(real.shape[1:], dtype=torch.bool, device=drawer.device)
     mask[..., : real.shape[-1] // 2] = True
-    reference = real.repeat_interleave(times, 0)
-    index = torch.arange(len(reference), device=drawer.device)
-    known = samplers.inpainting(reference, mask, random.seeded_noise(drawer.sampler.seed, index, random.KNOWN))
-    x = draw(drawer, index, random.seeded_noise(drawer.sampler.seed, index), "inpainting", known)
-    x = torch.where(mask, reference, x.clamp(0, 1))
+    x = complete(drawer, real.repeat_interleave(times, 0), mask)
     unknown, truth = x[:, ~mask].unflatten(0, (rows, times)), real[:, None, ~mask]
     among = torch.cdist(unknown, unknown).sum() / (rows * times * max(times - 1, 1))
     colour = torch.tensor(UNKNOWN, device=drawer.device)[:, None, None]
@@ -80,18 +78,20 @@ def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int =
     }
 
 
+def complete(drawer: sample.Drawer, reference: Tensor, mask: Tensor) -> Tensor:
+    """Images that are the reference (N, C, H, W) where the mask (C, H, W) is True, drawn each from its own noise."""
+    index, seed = torch.arange(len(reference), device=drawer.device), drawer.sampler.seed
+    known = samplers.inpainting(reference, mask, random.seeded_noise(seed, index, random.KNOWN))
+    x = draw(drawer, index, random.seeded_noise(seed, index), "inpainting", known)
+    return torch.where(mask, reference, x)
+
+
 def interpolation(drawer: sample.Drawer, path: Path, *, rows: int = 6, columns: int = 9) -> dict[str, Any]:
     """Rows of images between two: the noise of column k is cos(theta) p + sin(theta) q, theta from 0 to pi / 2.
 
     Measured are the mean distances of neighbours in a row and of its ends.
     """
-    index = torch.arange(rows, device=drawer.device).repeat_interleave(columns)
-    angle = torch.linspace(0, math.pi / 2, columns, device=drawer.device).repeat(rows)
-    seed = drawer.sampler.seed
-    between = samplers.interpolated(
-        random.seeded_noise(seed, index), random.seeded_noise(seed, index, random.OTHER_END), angle
-    )
-    x = draw(drawer, index, between, "interpolation").clamp(0, 1)
+    x = between(drawer, rows, columns)
     plate(rgb(x).unflatten(0, (rows, columns)), [f"{d:.3g}°" for d in np.linspace(0, 90, columns)], path)
     flat = x.flatten(1).unflatten(0, (rows, columns))
     return {
@@ -103,6 +103,14 @@ def interpolation(drawer: sample.Drawer, path: Path, *, rows: int = 6, columns: 
     }
 
 
+def between(drawer: sample.Drawer, rows: int, columns: int) -> Tensor:
+    """Images in [0, 1], (rows columns, C, H, W): row i leads from image i of the stage `sample` to another."""
+    index = torch.arange(rows, device=drawer.device).repeat_interleave(columns)
+    angle = torch.linspace(0, math.pi / 2, columns, device=drawer.device).repeat(rows)
+    p, q = (random.seeded_noise(drawer.sampler.seed, index, stream) for stream in (random.STEP, random.OTHER_END))
+    return draw(drawer, index, samplers.interpolated(p, q, angle), "interpolation")
+
+
 def draw(
     drawer: sample.Drawer,
     index: Tensor,
@@ -110,10 +118,14 @@ def draw(
     what: str,
     project: samplers.Project | None = None,
 ) -> Tensor:
-    """Images of the stage `sample`'s sampler with these numbers, but with another noise or a projection."""
+    """Images in [0, 1] by the sampler of the stage `sample`, with this noise and this projection."""
     s = drawer.sampler
     with tqdm(total=s.nfe - s.denoise, unit="step", desc=what, mininterval=1) as bar:
-        return samplers.annealed_langevin(
+
+        def observe(x: Tensor, step: int, sigma: float) -> None:
+            bar.update()
+
+        x = samplers.annealed_langevin(
             drawer.network,
             random.start_images(s.seed, index, s.shape),
             drawer.sigmas,
@@ -122,8 +134,9 @@ def draw(
             denoise=s.denoise,
             noise=noise,
             project=project,
-            observe=lambda x, step, sigma: bar.update() and None,
+            observe=observe,
         )
+    return x.clamp(0, 1)
 
 
 def rgb(x: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ def rgb(x: Tensor) -> Tensor:
 
 def plate(tiles: Tensor, names: list[str], path: Path) -> None:
     """Draw rows of images in [0, 1], shape (R, K, 3, H, W), under the names of their columns."""
-    rows, columns = tiles.shape[:2]
+    columns = tiles.shape[1]
     canvas = images.grid(images.to_uint8(tiles.flatten(0, 1)).cpu(), columns)
     height, width = canvas.shape[1:]
     with matplotlib.rc_context(STYLE):
