@@ -4,8 +4,8 @@ figure_1  sliced score matching of images: without noise it does not converge, w
 figure_2  the score of a mixture of two Gaussians and the one that an MLP learned: they agree where there is data
 figure_3  samples of that mixture: exact, by Langevin dynamics, by annealed Langevin dynamics, with exact scores
 
-Reads nothing but the photographs inside scikit-learn; writes out/figures: a PNG for each, and figures.json. The
-settings are the defaults of the functions below, and the paper's but for Figure 1, which has there CIFAR-10, a wider
+Reads nothing but the photographs inside scikit-learn; writes out/figures: a PNG for each, the curves
+of Figure 1 and figures.json. The settings are the defaults of the functions below, and the paper's but for Figure 1, which has there CIFAR-10, a wider
 network, batches of 128 and 50,000 steps.
 """
 
@@ -54,7 +54,7 @@ def main(params: _params.Params) -> None:
 
 
 def figure_1(
-    path: Path, *, steps: int = 3000, batch_size: int = 64, side: int = 8, width: int = 8, seed: int = 0
+    path: Path, *, steps: int = 1500, batch_size: int = 64, side: int = 8, width: int = 8, seed: int = 0
 ) -> dict[str, Any]:
     """Loss curves of sliced score matching of images, without noise and with N(0, 1e-4) added.
 
@@ -86,6 +86,9 @@ def figure_1(
             networks[std] = ResScore(channels=x.shape[1], width=width, rescale=False)
     with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         curves = dict(zip(stds, pool.map(train, stds.values()), strict=True))
+    table = np.column_stack([np.arange(1, steps + 1), *curves.values()])
+    header = ",".join(["step", *curves])
+    np.savetxt(path.with_suffix(".csv"), table, fmt="%.6g", delimiter=",", header=header, comments="")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
@@ -144,10 +147,12 @@ def figure_2(path: Path, *, steps: int = 10_000, batch_size: int = 128, seed: in
     dense = densest(density, 0.99)
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.4, 4), layout="constrained")
+        figure = Figure(figsize=(11.4, 3.7), layout="constrained")
         data, model, difference = figure.subplots(1, 3)
         coarse = square(20)
-        for axes, score, title in zip((data, model), scores(coarse), ("data score", "learned score"), strict=True):
+        for axes, score, title in zip(
+            (data, model), scores(coarse), ("data score $s$", r"learned score $s_\theta$"), strict=True
+        ):
             shade(axes, density)
             axes.quiver(*coarse.T.numpy(), *score.T.numpy(), color="0.15", scale=220, width=0.0035, pivot="tail")
             axes.set_title(title)
@@ -157,7 +162,7 @@ def figure_2(path: Path, *, steps: int = 10_000, batch_size: int = 128, seed: in
         axis = np.linspace(-HALF, HALF, 161)
         difference.contour(axis, axis, as_map(dense.float()), levels=[0.5], colors="C1", linewidths=1.2)
         difference.set_title("error, and where 99 % of the mass is")
-        figure.colorbar(shown, ax=difference, extend="both")
+        figure.colorbar(shown, ax=difference, extend="both", label=r"$\|s_\theta - s\|$")
         for axes in (data, model, difference):
             frame(axes)
         figure.savefig(path, dpi=120)
@@ -223,7 +228,8 @@ def figure_3(path: Path, *, n: int = 1280, seed: int = 0) -> dict[str, Any]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         for axes, (name, x) in zip(figure.subplots(1, 3), drawn.items(), strict=True):
-            axes.plot(*x.T.numpy(), "o", ms=1.8, alpha=0.5, mew=0)
+            for where, colour in ((x.sum(1) > 0, "C0"), (x.sum(1) <= 0, "C1")):
+                axes.plot(*x[where].T.numpy(), "o", ms=2, alpha=0.5, mew=0, color=colour)
             axes.set_title(f"{titles[name]}\n{share[name]:.1%} in the upper mode")
             frame(axes)
         figure.savefig(path, dpi=120)
@@ -332,7 +338,7 @@ def shade(axes: Axes, density: Tensor) -> None:
 
 def frame(axes: Axes) -> None:
     """The square that the toy figures show."""
-    axes.set(xlim=(-HALF - 0.5, HALF + 0.5), ylim=(-HALF - 0.5, HALF + 0.5), aspect="equal")
+    axes.set(xlim=(-HALF - 0.7, HALF + 0.7), ylim=(-HALF - 0.7, HALF + 0.7), aspect="equal")
     axes.set_xticks(range(-HALF, HALF + 1, 4))
     axes.set_yticks(range(-HALF, HALF + 1, 4))
     axes.grid(False)

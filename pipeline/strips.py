@@ -152,7 +152,7 @@ def plate(tiles: Tensor, names: list[str], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.7 * columns, 0.7 * columns * height / width + 0.3), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(canvas.permute(1, 2, 0), interpolation="nearest")
+        axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_xticks((np.arange(columns) + 0.5) * (width - 1) / columns, names)
         axes.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False, pad=1)
         axes.set_yticks([])

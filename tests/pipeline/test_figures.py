@@ -32,7 +32,11 @@ def test_the_stage_leaves_pictures_and_numbers(params, workdir, monkeypatch):
     for name, draw in TINY.items():
         monkeypatch.setattr(figures, name, draw)
     figures.main(params)
-    assert {path.name for path in figures.OUT.iterdir()} == {*(f"{name}.png" for name in TINY), "figures.json"}
+    assert {path.name for path in figures.OUT.iterdir()} == {
+        *(f"{name}.png" for name in TINY),
+        "figure_1.csv",
+        "figures.json",
+    }
     record = read_json(figures.OUT / "figures.json")
     for name in TINY:
         picture = Image.open(figures.OUT / f"{name}.png")
@@ -55,7 +59,7 @@ def _upper_share(levels, steps):
     Markov chain: u' = u + epsilon s(u) + sqrt(2 epsilon) z. It starts as (x + y) / sqrt(2) of the uniform distribution
     on [-8, 8]^2, a triangle.
     """
-    u = torch.linspace(-120, 120, 2401, dtype=torch.float64)
+    u = torch.linspace(-100, 100, 801, dtype=torch.float64)
     density = (8 * math.sqrt(2) - u.abs()).clamp(min=0)
     density /= density.sum()
     for std, epsilon in levels:
