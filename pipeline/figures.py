@@ -4,9 +4,9 @@ figure_1  sliced score matching of images: without noise it does not converge, w
 figure_2  the score of a mixture of two Gaussians and the one that an MLP learned: they agree where there is data
 figure_3  samples of that mixture: exact, by Langevin dynamics, by annealed Langevin dynamics, with exact scores
 
-Reads nothing but the photographs inside scikit-learn; writes out/figures: a PNG for each, the curves
-of Figure 1 and figures.json. The settings are the defaults of the functions below, and the paper's but for Figure 1, which has there CIFAR-10, a wider
-network, batches of 128 and 50,000 steps.
+Reads nothing but the photographs inside scikit-learn; writes out/figures: a PNG for each, the curves of Figure 1,
+and figures.json. The settings are the defaults of the functions below, and the paper's but for Figure 1, which has
+there CIFAR-10, a wider network, batches of 128 and 50,000 steps.
 """
 
 from collections.abc import Callable
@@ -338,7 +338,7 @@ def shade(axes: Axes, density: Tensor) -> None:
 
 def frame(axes: Axes) -> None:
     """The square that the toy figures show."""
-    axes.set(xlim=(-HALF - 0.7, HALF + 0.7), ylim=(-HALF - 0.7, HALF + 0.7), aspect="equal")
+    axes.set(xlim=(-HALF - 1, HALF + 1), ylim=(-HALF - 1, HALF + 1), aspect="equal")
     axes.set_xticks(range(-HALF, HALF + 1, 4))
     axes.set_yticks(range(-HALF, HALF + 1, 4))
     axes.grid(False)
