@@ -20,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -54,7 +55,7 @@ def main(params: _params.Params) -> None:
 
 
 def figure_1(
-    path: Path, *, steps: int = 1500, batch_size: int = 64, side: int = 8, width: int = 8, seed: int = 0
+    path: Path, *, steps: int = 3000, batch_size: int = 64, side: int = 8, width: int = 8, seed: int = 0
 ) -> dict[str, Any]:
     """Loss curves of sliced score matching of images, without noise and with N(0, 1e-4) added.
 
@@ -91,10 +92,11 @@ def figure_1(
     np.savetxt(path.with_suffix(".csv"), table, fmt="%.6g", delimiter=",", header=header, comments="")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
-        both = figure.subplots(1, 2, sharey=True)
-        for axes, curve, title in zip(both, curves.values(), ("no noise", "noise N(0, 1e-4)"), strict=True):
+        both, titles = figure.subplots(1, 2), ("without noise", "with noise N(0, 1e-4)")
+        for axes, curve, title in zip(both, curves.values(), titles, strict=True):
             axes.plot(np.arange(1, steps + 1), curve, lw=0.6)
             axes.set(xlabel="step", title=title)
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         both[0].set_ylabel("sliced score matching loss")
         figure.savefig(path, dpi=120)
     return {
