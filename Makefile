@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check format ui lock clean
+.PHONY: help setup repro figures test check format ui lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: .venv/.done ## Create .venv with the pinned packages
 repro: setup ## Run the graph: digits in, drawn digits, FID, report and an MLflow run out
 	dvc repro
 	@echo "Look at out/report.html, or compare runs with: make ui"
+
+figures: setup ## Draw the papers' figures into out/figures and out/strips; runs what they need of the graph
+	dvc repro sweeps/dvc.yaml
 
 test: check ## Run every check: linters, types, import contracts, tests
 	pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

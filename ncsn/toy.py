@@ -20,6 +20,16 @@ class Mixture:
     means: Tensor
     std: float
 
+    def sample(self, u: Tensor, z: Tensor) -> Tensor:
+        """Points of the mixture, m_k + std z, shape (B, D), where k is the component whose share of [0, 1) u is in.
+
+        Args:
+            u: Uniform in [0, 1), shape (B,).
+            z: Standard normal, shape (B, D).
+        """
+        component = torch.searchsorted(self.weights.cumsum(0)[:-1], u, right=True)
+        return self.means[component] + self.std * z
+
     def log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
         """log p_sigma(x), shape (B,), for x of shape (B, D) and sigma of shape (B,)."""
         variance = self.std**2 + sigma**2

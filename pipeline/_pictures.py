@@ -1,6 +1,7 @@
-"""Arrays of images as pictures a person can look at."""
+"""Arrays of images as pictures a person can look at, and the style of all plots."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -9,6 +10,18 @@ from ncsn import images
 from pipeline._store import replacing
 
 SIDE = 480  # pixels a picture should have at least, on its longer side
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "ncsn",  # names inside an SVG are random without it
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.93",
+    "axes.edgecolor": "0.6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
 
 
 def grid_picture(tiles: Tensor, columns: int) -> Image.Image:

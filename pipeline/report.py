@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import _params, _stage, _track, evaluate, features, prepare, sample, schedule, train
-from pipeline._pictures import grid_picture
+from pipeline._pictures import STYLE, grid_picture
 from pipeline._stage import StageError
 from pipeline._store import read_json, write_text
 
@@ -40,18 +40,6 @@ WINDOWS = 5  # of the training, each twice as long as the one before
 NAMED_CLASSES = 60  # there is no room for more names below a plot
 METRICS = {"fid": "FID ↓", "is": "IS ↑", "kid": "KID ↓", "precision": "Precision ↑", "recall": "Recall ↑"}
 PACKAGES = ("torch", "numpy", "ray", "mlflow", "dvc", "torch-fidelity", "scikit-learn")
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "ncsn",  # names inside an SVG are random without it
-    "font.size": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.93",
-    "axes.edgecolor": "0.6",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-}
 
 
 def main(params: _params.Params) -> None:

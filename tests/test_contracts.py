@@ -100,12 +100,27 @@ def test_stages_list_their_own_module_and_existing_dependencies_and_never_runtim
         assert not any(key.startswith("runtime") for key in stage.get("params", []))
 
 
+def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
+    stages = yaml.safe_load((ROOT / "sweeps" / "dvc.yaml").read_text())["stages"]
+    main = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    outs = {out for stage in main.values() for out in stage.get("outs", [])}
+    assert list(stages) == ["figures", "strips"]
+    for name, stage in stages.items():
+        assert stage["cmd"] == f"python -m pipeline.{name}"
+        assert stage["wdir"] == ".."
+        assert stage["outs"] == [f"out/{name}"]
+        assert f"pipeline/{name}.py" in stage["deps"]
+        assert all(path in outs or (ROOT / path).exists() for path in stage["deps"])
+    assert not any(path.startswith("out/") for path in stages["figures"]["deps"])
+
+
 def test_analytics_of_dvc_are_off():
     assert "analytics = false" in (ROOT / ".dvc" / "config").read_text()
 
 
 def test_every_stage_has_a_help_text():
-    stages = ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "compose", "fetch"]
+    stages = ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "figures", "strips"]
+    stages += ["compose", "fetch"]
     code = f"""
 import runpy, sys
 for stage in {stages}:

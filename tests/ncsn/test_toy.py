@@ -50,3 +50,13 @@ def test_noise_adds_its_variance_to_the_components():
     wide, narrow = Mixture(weights, means, 0.6), Mixture(weights, means, 0.0)
     torch.testing.assert_close(wide.log_prob(x, level(0.8)), narrow.log_prob(x, level(1.0)))
     torch.testing.assert_close(wide.score(x, level(0.8)), narrow.score(x, level(1.0)))
+
+
+def test_samples_fall_to_the_components_by_their_weights():
+    u = (torch.arange(1000).double() + 0.5) / 1000
+    at_rest = _mixture().sample(u, torch.zeros(1000, 2).double())
+    assert (at_rest == 5).all(1).sum() == 800
+    assert (at_rest == -5).all(1).sum() == 200
+    wide = Mixture(_mixture().weights, _mixture().means, 0.5)
+    z = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(wide.sample(u, z), at_rest + 0.5 * z)
