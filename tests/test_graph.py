@@ -1,6 +1,7 @@
 """The whole graph in a clone of this repository: real DVC, real Ray processes, a real MLflow store."""
 
 import csv
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from pipeline import _params, _ray, prepare, sample, schedule, train
 from pipeline._store import read_json, write_text
@@ -38,10 +40,8 @@ def _run(*command, cwd):
     return done
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """This working tree, committed in a new repository, with the tiny graph run in it by two Ray workers."""
-    folder = tmp_path_factory.mktemp("clone")
+def _repository(folder):
+    """This working tree, committed in a new repository."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -51,6 +51,13 @@ def clone(tmp_path_factory):
             shutil.copy(ROOT / name, folder / name)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         assert _run("git", *command, cwd=folder).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A repository in which the tiny graph has been run by two Ray workers."""
+    folder = _repository(tmp_path_factory.mktemp("clone"))
     done = _run("dvc", "exp", "run", *TINY, cwd=folder)
     assert done.returncode == 0, done.stdout
     return folder
@@ -190,6 +197,36 @@ def test_a_killed_training_goes_on_to_the_same_bits(inside, tmp_path):
         torch.set_num_threads(1)
     expected = (tmp_path / "run" / "step_00000060" / "state.safetensors").read_bytes()
     assert (folder / "step_00000060" / "state.safetensors").read_bytes() == expected
+
+
+def test_an_official_checkpoint_is_drawn_from_and_judged_in_place_of_training(tmp_path):
+    folder, pictures = _repository(tmp_path / "clone"), tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for split, label, n in itertools.product(("train", "test"), ("dark", "light"), (12,)):
+        (pictures / split / label).mkdir(parents=True)
+        for k in range(n):
+            pixels = generator.integers(0, 100, (16, 16, 3)) + (150 if label == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(pictures / split / label / f"{k}.png")
+    data = ["data=image_folder", f"data.root={pictures}", "data.resolution=16", "features.steps=20", "sample.n=16"]
+    network = ["model=ncsnv2", "model.width=8", "model.act=elu", "noise=ncsn", "noise.steps_per_level=2"]
+    file = str(ROOT / "tests" / "golden" / "ncsnv2_checkpoint_4.pth")
+    for command in (
+        [sys.executable, "-m", "pipeline.compose", *data, *network],
+        ["dvc", "repro", "schedule", "features"],
+        [sys.executable, "-m", "pipeline.fetch", "--checkpoint", file],
+        ["dvc", "commit", "-f", "train"],
+        ["dvc", "repro"],
+    ):
+        done = _run(*command, cwd=folder)
+        assert done.returncode == 0, done.stdout
+    assert "Running stage 'evaluate'" in done.stdout
+    assert "Running stage 'train'" not in done.stdout
+    model = read_json(folder / "out" / "train" / "model.json")
+    assert model["source"]["file"] == "ncsnv2_checkpoint_4.pth"
+    assert sample.manifest(folder / "out" / "samples" / "ema")["weights_sha256"] == model["sha256"]["ema"]
+    metrics = read_json(folder / "out" / "evaluate" / "metrics.json")
+    assert metrics["fid_image_folder_16"] > 0
+    assert "ncsnv2_checkpoint_4.pth" in (folder / "out" / "report.html").read_text()
 
 
 class _Nowhere:
