@@ -44,8 +44,8 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(shape):
 
 def test_streams_keep_their_numbers():
     names = ["STEP", "START", "TRAIN_NOISE", "TRAIN_LEVEL", "TRAIN_FLIP", "KNOWN", "OTHER_END"]
-    names += ["TRAIN_DIRECTION", "TRAIN_DEQUANTISE"]
-    assert [getattr(random, name) for name in names] == list(range(9))
+    names += ["TRAIN_DIRECTION", "TRAIN_DEQUANTISE", "TRAIN_ORDER"]
+    assert [getattr(random, name) for name in names] == list(range(10))
 
 
 def test_noisy_images_start_at_the_data():

@@ -68,6 +68,17 @@ def test_data_order_visits_every_image_once_an_epoch_and_any_part_agrees():
     assert torch.equal(data_order(10, seed=3, first=7, count=21), whole[7:28])
 
 
+def test_every_bit_of_the_seed_counts_in_the_order():
+    orders = {tuple(data_order(50, seed=s, first=0, count=50).tolist()) for s in (0, 1, 2, 3, 1234, 2**32 - 1)}
+    assert len(orders) == 6
+    # each image is as likely in each place: chi-squared with 49 degrees of freedom, images of the first place counted
+    first = torch.cat([data_order(50, seed=s, first=50 * epoch, count=1) for s in range(50) for epoch in range(100)])
+    assert ((torch.bincount(first, minlength=50) - 100.0) ** 2 / 100).sum() < 49 + 5 * 98**0.5
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seed and step in \[0, 2\^32\), got seed={seed}"):
+            data_order(50, seed=seed, first=0, count=1)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_the_order_of_sums_alone(threads):
     one, many, again = _state(), _state(), _state()
