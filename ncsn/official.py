@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ncsn.networks import NCSN, NCSNDeeper, NCSNv2, NCSNv2Deeper, NCSNv2Deepest, RefineNet, ScoreNetwork
-
-SHOWN = 3  # keys that an error names
+from ncsn.training import check_tensors, first_of
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,7 @@ def network_from_state_dict(
     tensors = _stripped(state_dict)
     found = tensors.pop("sigmas", None)
     network = _built(tensors, found if sigmas is None else sigmas, nonlinearity, not (rescaled or logit_transform))
-    expected = network.state_dict()
-    problems = {
-        "missing": [key for key in expected if key not in tensors],
-        "unknown": [key for key in tensors if key not in expected],
-        "of the wrong shape": [
-            f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in expected.items()
-            if key in tensors and tensors[key].shape != value.shape
-        ],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"expected the {len(expected)} tensors of {_name(network)}, got {told}")
+    check_tensors(tensors, {key: value.shape for key, value in network.state_dict().items()}, _name(network))
     copies = {key: value.detach().to(torch.float32, copy=True) for key, value in tensors.items()}
     network.load_state_dict(copies, assign=True)
     return network.eval()
@@ -150,7 +137,7 @@ def _built(
     if first is None or first.ndim != 4:
         raise ValueError(
             f"expected weights of a RefineNet, begin_conv.weight among them, got {len(tensors)} tensors: "
-            f"{_first(list(tensors))}"
+            f"{first_of(list(tensors))}"
         )
     width, channels = first.shape[:2]
     arguments: dict[str, Any] = {"channels": channels, "width": width, "act": nonlinearity, "rescale": rescale}
@@ -182,12 +169,8 @@ def _stripped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         str(key) for key, value in state_dict.items() if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
     if strange:
-        raise ValueError(f"expected tensors by name, got {len(strange)} other entries: {_first(strange)}")
+        raise ValueError(f"expected tensors by name, got {len(strange)} other entries: {first_of(strange)}")
     return {key.removeprefix("module."): value for key, value in state_dict.items()}
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _name(network: ScoreNetwork | type[ScoreNetwork]) -> str:
@@ -196,5 +179,5 @@ def _name(network: ScoreNetwork | type[ScoreNetwork]) -> str:
 
 def _described(states: object) -> str:
     if isinstance(states, list):
-        return f"a list of {len(states)}: " + _first([type(state).__name__ for state in states])
+        return f"a list of {len(states)}: " + first_of([type(state).__name__ for state in states])
     return f"a {type(states).__name__}"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ncsn import random
 from ncsn.losses import Score, denoising_score_matching
 
+SHOWN = 3  # names in a message
+
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # (phi - 1) 2^64, as an int64
 
 Objective = Callable[..., Tensor]  # objective(score, x, sigma, *draws) -> (B,)
@@ -83,24 +85,68 @@ class TrainState:
         self.optimizer.param_groups[0]["lr"] = value
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by name: model.*, ema.*, and optimizer.KIND.PARAMETER; `step` for the counters."""
+        """Every tensor by name: model.*, ema.*, optimizer.KIND.PARAMETER and how many of these; the counters.
+
+        A parameter that has had no gradient has nothing of the optimizer.
+        """
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{kind}.{name}"] = value
-        return tensors | {"step": torch.tensor(self.step), "ema_updates": torch.tensor(self.ema.updates)}
+        kept = {
+            f"optimizer.{kind}.{name}": value
+            for name, parameter in self.model.named_parameters()
+            for kind, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        counters = {"step": self.step, "ema_updates": self.ema.updates, "optimizer_tensors": len(kept)}
+        return tensors | kept | {name: torch.tensor(value) for name, value in counters.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `state_dict` returned; raises RuntimeError or KeyError if names or shapes differ."""
+        """Take up what `state_dict` returned.
+
+        Raises:
+            ValueError: If tensors are missing, unknown or of the wrong shape; nothing is taken up then.
+        """
+        parameters = dict(self.model.named_parameters())
+        parts = {key: key.split(".", 2) for key in tensors if key.startswith("optimizer.")}
+        kinds = {part[1] for part in parts.values()}
+        shapes = {key: value.shape for key, value in self.state_dict().items() if not key.startswith("optimizer.")}
+        named = [name for name in parameters if any(part[-1] == name for part in parts.values())]
+        for kind in sorted(kinds):
+            counter = all(tensors[key].ndim == 0 for key, part in parts.items() if part[1] == kind)
+            shapes |= {
+                f"optimizer.{kind}.{name}": torch.Size() if counter else parameters[name].shape for name in named
+            }
+        check_tensors(tensors, shapes, "a training state")
+        if len(parts) != (count := int(tensors["optimizer_tensors"])):
+            raise ValueError(f"expected the {count} tensors of the optimizer, got {len(parts)}")
         self.model.load_state_dict(_below(tensors, "model."))
         self.ema.model.load_state_dict(_below(tensors, "ema."))
-        kinds = {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                kind: _laid_out(tensors[f"optimizer.{kind}.{name}"], parameter) for kind in sorted(kinds)
+        self.optimizer.state.clear()
+        for name in named:
+            self.optimizer.state[parameters[name]] = {
+                kind: _laid_out(tensors[f"optimizer.{kind}.{name}"], parameters[name]) for kind in sorted(kinds)
             }
         self.step, self.ema.updates = int(tensors["step"]), int(tensors["ema_updates"])
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], owner: str) -> None:
+    """Raise ValueError, which names them, if tensors of `owner` are missing, unknown or not of these shapes."""
+    problems = {
+        "missing": [key for key in shapes if key not in tensors],
+        "unknown": [key for key in tensors if key not in shapes],
+        "of the wrong shape": [
+            f"{key} {tuple(tensors[key].shape)} instead of {tuple(shape)}"
+            for key, shape in shapes.items()
+            if key in tensors and tensors[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {what}: {first_of(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"expected the {len(shapes)} tensors of {owner}, got {told}")
+
+
+def first_of(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
@@ -167,8 +213,10 @@ def train_step(
 ) -> Tensor:
     """One update of the weights and of their average; the loss is the mean of the objective over the batch.
 
-    With several threads each takes a part of the batch through the network and back. On a CPU this beats as many
-    threads inside every small operation, which wait for each other thousands of times a step.
+    With several threads each takes a part of the batch through the network and back, in the precision (autocast) of
+    the caller. On a CPU this beats as many threads inside every small operation, which wait for each other thousands
+    of times a step; so have torch.set_num_threads(cores // threads). A parameter that is frozen, or that the objective
+    does not reach, has no gradient and stays.
 
     Args:
         state: Changed in place.
@@ -178,22 +226,28 @@ def train_step(
         objective: objective(score, x, sigma, *draws) gives one loss an example, shape (B,).
         forward: What to call in place of the network itself, such as a wrapper that averages gradients over workers;
             with one thread only.
-        threads: Parts of the batch, at most B. Another number changes the sums' order, so the last bits.
+        threads: Parts of the batch, 1 to B. Another number changes the sums' order, so the last bits.
 
     Returns:
         Loss of each example, shape (B,), detached.
 
     Raises:
         NonFiniteLossError: Before the weights are touched.
-        ValueError: If a forward is given and threads > 1.
+        ValueError: If threads is not in 1 to B, or a forward is given and threads > 1.
     """
+    if not 1 <= threads <= len(x):
+        raise ValueError(f"expected 1 <= threads <= {len(x)}, the examples of the batch, got threads={threads}")
     if threads > 1 and forward is not None:
         raise ValueError(f"expected threads=1 with a forward of your own, got threads={threads}")
-    parameters = list(state.model.parameters())
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    device = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def backward(part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = objective(state.model, *part)
-        return loss.detach(), torch.autograd.grad(loss.sum() / len(x), parameters)
+    def backward(part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        # its cache of cast weights is one for all threads: none, so that their graphs stay apart
+        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+            loss = objective(state.model, *part)
+        return loss.detach(), torch.autograd.grad(loss.sum() / len(x), parameters, allow_unused=True)
 
     state.optimizer.zero_grad()
     if threads == 1:
@@ -204,7 +258,9 @@ def train_step(
         parts = zip(*(tensor.tensor_split(threads) for tensor in (x, sigma, *draws)), strict=True)
         losses, gradients = zip(*_pool(threads).map(backward, parts), strict=True)
         for parameter, *terms in zip(parameters, *gradients, strict=True):
-            parameter.grad = sum(terms[1:], terms[0])  # in the order of the parts: the same bits each time
+            reached = [term for term in terms if term is not None]
+            # in the order of the parts: the same bits each time
+            parameter.grad = sum(reached[1:], reached[0]) if reached else None
         loss = torch.cat(losses)
     finite = loss.isfinite()
     if not finite.all():

@@ -152,7 +152,8 @@ def fit(job: Job, world: _ray.World) -> None:
         sigma = sigmas[level].float()
         state.learning_rate = learning_rate(p, state.step)
         here = (tensor.to(world.device) for tensor in (x, sigma, *draws))
-        loss = train_step(state, *here, objective=objective(job.params.loss), forward=forward, threads=world.threads)
+        threads = min(world.threads, len(level))
+        loss = train_step(state, *here, objective=objective(job.params.loss), forward=forward, threads=threads)
         window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
         if due(state.step, p.log_every, p.steps):
             curves = torch.cat([curves, row(state.step, world.sum(window))])
