@@ -1,31 +1,13 @@
 """Denoising and sliced score matching: identities, closed forms, the official code's values."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching, sliced_score_matching
-from ncsn.networks import NCSNv2
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def test_values_and_gradients_of_the_official_code():
-    golden = torch.load(GOLDEN / "ncsnv2_16.pt", weights_only=True)
-    network = NCSNv2(channels=3, width=8)
-    network.load_state_dict({key: value for key, value in golden["state_dict"].items() if key != "sigmas"})
-    dsm = golden["dsm"]
-    loss = denoising_score_matching(network, dsm["x"], golden["sigmas"][dsm["labels"]], dsm["z"])
-    torch.testing.assert_close(loss, dsm["per_sample"].float(), rtol=1e-4, atol=0)
-    assert loss.mean().item() == pytest.approx(float(dsm["loss"]), rel=1e-4)
-    loss.mean().backward()
-    for name, parameter in network.named_parameters():
-        if name in dsm["grad_norms"]:
-            norm = float(dsm["grad_norms"][name])
-            assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-3), name
+from tests.ncsn import golden
 
 
 def test_zero_score_has_the_expectation_half_the_dimension():
@@ -47,21 +29,11 @@ def test_exact_score_of_gaussian_data_has_its_closed_form():
     assert abs(loss.mean() - expected) < 5 * loss.std() / math.sqrt(n)
 
 
-def _toy():
-    golden = torch.load(GOLDEN / "toy_ssm.pt", weights_only=True)
-    hidden = golden["mlp_hidden"]
-    mlp = nn.Sequential(
-        nn.Linear(2, hidden), nn.Softplus(), nn.Linear(hidden, hidden), nn.Softplus(), nn.Linear(hidden, 2)
-    )
-    mlp.load_state_dict(golden["mlp_state_dict"])
-    return golden, lambda x, sigma: mlp(x), mlp
-
-
 @pytest.mark.parametrize("n", [1, 3])
 def test_sliced_values_of_the_official_code(n):
-    golden, score, _ = _toy()
-    x, sigma = golden["x"], torch.ones(32)
-    ssm, vr = golden[f"ssm_n{n}"], golden[f"ssm_vr_n{n}"]
+    data, score = golden.toy()
+    x, sigma = data["x"], torch.ones(32)
+    ssm, vr = data[f"ssm_n{n}"], data[f"ssm_vr_n{n}"]
     v = nn.functional.normalize(ssm["v_raw"].view(n, 32, 2), dim=-1)
     loss = sliced_score_matching(score, x, sigma, v, variance_reduced=False)
     assert loss.shape == (32,)
@@ -70,24 +42,17 @@ def test_sliced_values_of_the_official_code(n):
     assert loss.mean().item() == pytest.approx(vr["loss"], rel=1e-5)
 
 
-def test_unweighted_denoising_value_of_the_official_code():
-    golden, score, _ = _toy()
-    single = golden["dsm_single"]
-    loss = denoising_score_matching(score, golden["x"], torch.full((32,), single["sigma"]), single["z"])
-    assert loss.mean().item() / single["sigma"] ** 2 == pytest.approx(single["loss"], rel=1e-5)
-
-
 @pytest.mark.parametrize("variance_reduced", [False, True])
 def test_sliced_is_the_objective_with_the_whole_jacobian(variance_reduced):
-    golden, score, mlp = _toy()
+    data, mlp = golden.toy()
     mlp.double()
-    x, sigma = golden["x"].double(), torch.ones(32).double()
-    v = golden["ssm_vr_n3"]["v"].view(3, 32, 2).double()
-    jacobian = torch.func.vmap(torch.func.jacrev(mlp))(x)  # (B, 2, 2)
-    s = mlp(x)
+    x, sigma = data["x"].double(), torch.ones(32).double()
+    v = data["ssm_vr_n3"]["v"].view(3, 32, 2).double()
+    jacobian = torch.stack([torch.func.jacrev(lambda row: mlp(row[None], sigma[:1])[0])(row) for row in x])  # (B, 2, 2)
+    s = mlp(x, sigma)
     square = s.square().sum(1) if variance_reduced else torch.einsum("nbi,bi->nb", v, s).square()
     expected = (0.5 * square + torch.einsum("nbi,bij,nbj->nb", v, jacobian, v)).mean(0)
-    loss = sliced_score_matching(score, x, sigma, v, variance_reduced=variance_reduced)
+    loss = sliced_score_matching(mlp, x, sigma, v, variance_reduced=variance_reduced)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     got = torch.autograd.grad(loss.mean(), list(mlp.parameters()), allow_unused=True, materialize_grads=True)
     want = torch.autograd.grad(expected.mean(), list(mlp.parameters()))
@@ -126,18 +91,18 @@ def test_annealed_sliced_and_denoising_losses_differ_by_a_constant():
 
 
 def test_sliced_needs_one_forward_and_works_without_gradients():
-    golden, score, _ = _toy()
+    data, score = golden.toy()
     calls = []
     counted = lambda x, sigma: (calls.append(1), score(x, sigma))[1]  # noqa: E731
-    v = golden["ssm_vr_n3"]["v"].view(3, 32, 2)
-    with_graph = sliced_score_matching(counted, golden["x"], torch.ones(32), v)
+    v = data["ssm_vr_n3"]["v"].view(3, 32, 2)
+    with_graph = sliced_score_matching(counted, data["x"], torch.ones(32), v)
     assert len(calls) == 1
     assert with_graph.requires_grad
     with torch.no_grad():
-        loss = sliced_score_matching(score, golden["x"], torch.ones(32), v)
+        loss = sliced_score_matching(score, data["x"], torch.ones(32), v)
     assert not loss.requires_grad
     assert torch.equal(loss, with_graph)
-    assert not golden["x"].requires_grad
+    assert not data["x"].requires_grad
 
 
 def test_directions_of_another_shape_are_named():

@@ -1,7 +1,6 @@
 """Score networks: published sizes and costs, the official code's outputs and losses, identities, behaviour."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,17 +20,9 @@ from ncsn.networks import (
     UNet,
 )
 from ncsn.noise import geometric_sigmas
+from tests.ncsn import golden
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 SIGMAS = geometric_sigmas(1.0, 0.01, 10)
-OFFICIAL = {
-    "ncsn_16": NCSN,
-    "ncsn_32": NCSN,
-    "ncsnv2_16": NCSNv2,
-    "ncsnv2_32": NCSNv2,
-    "ncsnv2deeper_16": NCSNv2Deeper,
-    "ncsnv2deepest_16": NCSNv2Deepest,
-}
 
 
 def _small(name, **arguments):
@@ -44,17 +35,6 @@ def _small(name, **arguments):
 
 def _images(*shape, dtype=torch.float32):
     return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def _golden(file):
-    """The golden data of a network, and the network with its weights."""
-    golden = torch.load(GOLDEN / f"{file}.pt", weights_only=True)
-    arguments = {"sigmas": golden["sigmas"]} if OFFICIAL[file] is NCSN else {}
-    network = OFFICIAL[file](channels=3, width=8, **arguments)
-    weights = {key: value for key, value in golden["state_dict"].items() if key != "sigmas"}
-    assert list(network.state_dict()) == list(weights)
-    network.load_state_dict(weights)
-    return golden, network
 
 
 @pytest.mark.parametrize(
@@ -100,25 +80,25 @@ def test_state_dict_has_as_many_tensors_as_the_official_one_less_sigmas(network,
     assert len(_small(network).state_dict()) == tensors
 
 
-@pytest.mark.parametrize("file", OFFICIAL)
+@pytest.mark.parametrize("file", golden.NETWORKS)
 def test_weights_of_the_official_code_give_its_output_layer_by_layer(file):
-    golden, network = _golden(file)
+    data, network = golden.official(file)
     layers = {}
-    for name in golden.get("intermediates", ()):
+    for name in data.get("intermediates", ()):
         network.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: layers.update({name: out}))
-    out = network(golden["x"], golden["sigmas"][golden["labels"]])
-    assert (out - golden["out"]).abs().max() < 5e-6 * golden["out"].abs().max()
-    assert list(layers) == list(golden.get("intermediates", ()))
+    out = network(data["x"], data["sigmas"][data["labels"]])
+    assert (out - data["out"]).abs().max() < 5e-6 * data["out"].abs().max()
+    assert list(layers) == list(data.get("intermediates", ()))
     for name, layer in layers.items():
-        expected = golden["intermediates"][name]
+        expected = data["intermediates"][name]
         assert (layer - expected).abs().max() < 1e-5 * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("file", OFFICIAL)
+@pytest.mark.parametrize("file", golden.NETWORKS)
 def test_losses_and_gradients_of_the_official_code(file):
-    golden, network = _golden(file)
-    dsm = golden["dsm"]
-    loss = denoising_score_matching(network, dsm["x"], golden["sigmas"][dsm["labels"]], dsm["z"])
+    data, network = golden.official(file)
+    dsm = data["dsm"]
+    loss = denoising_score_matching(network, dsm["x"], data["sigmas"][dsm["labels"]], dsm["z"])
     torch.testing.assert_close(loss, dsm["per_sample"].float(), rtol=1e-4, atol=0)
     assert loss.mean().item() == pytest.approx(float(dsm["loss"]), rel=1e-4)
     loss.mean().backward()
@@ -291,16 +271,13 @@ def test_networks_of_one_level_ignore_sigma(name):
 
 
 def test_the_toy_network_gives_the_official_losses():
-    golden = torch.load(GOLDEN / "toy_ssm.pt", weights_only=True)
-    network = MLP()
-    assert list(network.state_dict()) == list(golden["mlp_state_dict"])
-    network.load_state_dict(golden["mlp_state_dict"])
-    x, dsm = golden["x"], golden["dsm_single"]
+    data, network = golden.toy()
+    x, dsm = data["x"], data["dsm_single"]
     half_square = 0.5 * network(x, torch.ones(32)).square().sum(1).mean()
-    assert half_square.item() == pytest.approx(float(golden["ssm_vr_n1"]["loss1"]), rel=1e-5)
+    assert half_square.item() == pytest.approx(float(data["ssm_vr_n1"]["loss1"]), rel=1e-5)
     sigma = torch.full((32,), dsm["sigma"])
     loss = (denoising_score_matching(network, x, sigma, dsm["z"]) / dsm["sigma"] ** 2).mean()  # unweighted
-    assert loss.item() == pytest.approx(float(dsm["loss"]), rel=1e-4)
+    assert loss.item() == pytest.approx(float(dsm["loss"]), rel=1e-5)
     with pytest.raises(ValueError, match=r"points of shape \(B, 2\), got \(4, 3\)"):
         network(torch.zeros(4, 3), torch.ones(4))
     with pytest.raises(ValueError, match=r"one sigma a point, shape \(4,\), got \(1,\)"):

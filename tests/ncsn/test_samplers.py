@@ -1,7 +1,6 @@
 """Langevin dynamics: the official code's trajectories, exact variances on Gaussian data, what projections keep."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,43 +8,32 @@ import torch
 from ncsn import noise, random, samplers
 from ncsn.networks import NCSNv2
 from ncsn.toy import Mixture
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def _official():
-    golden = torch.load(GOLDEN / "ncsnv2_16.pt", weights_only=True)
-    network = NCSNv2(channels=3, width=8)
-    network.load_state_dict({key: value for key, value in golden["state_dict"].items() if key != "sigmas"})
-    return golden, network
+from tests.ncsn.golden import official, recorded, toy
 
 
-def _recorded(draws):
-    return lambda x, step: draws[step]
-
-
-def test_trajectory_of_the_official_code_step_by_step():
-    golden, network = _official()
-    ald = golden["ald_v2"]
-    steps = []
+@pytest.mark.parametrize("name", ["ncsn_16", "ncsnv2_16", "ncsnv2_32", "ncsnv2deeper_16", "ncsnv2deepest_16"])
+def test_trajectory_of_2020(name):
+    golden, network = official(name)
+    case = golden["ald_v2"]
+    states = []
     final = samplers.annealed_langevin(
         network,
-        ald["x_init"],
+        case["x_init"],
         golden["sigmas"],
-        epsilon=ald["step_lr"],
-        steps_per_level=ald["n_steps_each"],
-        noise=_recorded(ald["noises"]),
-        observe=lambda x, step, sigma: steps.append(x.clone()),
+        epsilon=case["step_lr"],
+        steps_per_level=case["n_steps_each"],
+        noise=recorded(case["noises"]),
+        observe=lambda x, step, sigma: states.append(x),
     )
-    assert len(steps) == 20
-    scale = ald["images_after_each_step"].abs().amax()
-    assert (torch.stack(steps) - ald["images_after_each_step"]).abs().max() < 1e-4 * scale
-    assert (final - ald["final_denoise"]).abs().max() < 1e-4 * scale
+    scale = case["images_after_each_step"].abs().max()
+    assert (torch.stack(states) - case["images_after_each_step"]).abs().max() < 1e-5 * scale
+    assert (states[-1] - case["final_no_denoise"]).abs().max() < 1e-5 * scale
+    assert (final - case["final_denoise"]).abs().max() < 1e-5 * scale
 
 
 def test_inpainting_of_the_official_code():
     """Ours pastes once more at the end; what is observed after the last step is what that code returns."""
-    golden, network = _official()
+    golden, network = official("ncsnv2_16")
     case = golden["inpaint_v2"]
     x = case["x_init"].flatten(0, 1)
     reference = case["refer_image"].repeat_interleave(2, 0)
@@ -59,20 +47,20 @@ def test_inpainting_of_the_official_code():
         epsilon=case["step_lr"],
         steps_per_level=case["n_steps_each"],
         denoise=False,
-        noise=_recorded(case["noises_full"]),
-        project=samplers.inpainting(reference, mask, _recorded(z)),
+        noise=recorded(case["noises_full"]),
+        project=samplers.inpainting(reference, mask, recorded(z)),
         observe=lambda x, step, sigma: steps.append(x),
     )
     scale = case["x_final"].abs().max()
     assert (steps[-1] - case["x_final"]).abs().max() < 1e-5 * scale
-    before_last = samplers.inpainting(reference, mask, _recorded(z))(steps[-2], float(golden["sigmas"][-1]), 19)
+    before_last = samplers.inpainting(reference, mask, recorded(z))(steps[-2], float(golden["sigmas"][-1]), 19)
     assert (before_last - case["last_returned"]).abs().max() < 1e-5 * scale
     assert torch.equal(final[..., ~mask], steps[-1][..., ~mask])
     assert torch.equal(final[..., mask], (reference + float(golden["sigmas"][-1]) * z[-1])[..., mask])
 
 
 def test_interpolation_of_the_official_code():
-    golden, network = _official()
+    golden, network = official("ncsnv2_16")
     case = golden["interpolation_v2"]
     n = case["n_interpolations"]
     final = samplers.annealed_langevin(
@@ -83,8 +71,8 @@ def test_interpolation_of_the_official_code():
         steps_per_level=case["n_steps_each"],
         denoise=False,
         noise=samplers.interpolated(
-            _recorded(case["noises_p"].repeat_interleave(n, 1)),
-            _recorded(case["noises_q"].repeat_interleave(n, 1)),
+            recorded(case["noises_p"].repeat_interleave(n, 1)),
+            recorded(case["noises_q"].repeat_interleave(n, 1)),
             torch.linspace(0, math.pi / 2, n).repeat(2),
         ),
     )
@@ -93,7 +81,7 @@ def test_interpolation_of_the_official_code():
 
 def test_toy_trajectories_of_the_official_code():
     """Its step, x + a / 2 s + sqrt(a) z, is ours with epsilon = a / 2."""
-    golden = torch.load(GOLDEN / "toy_ssm.pt", weights_only=True)
+    golden, _ = toy()
     mixture = Mixture(torch.tensor([0.8, 0.2]), torch.tensor([[5.0, 5.0], [-5.0, -5.0]]), 0.0)
     plain, annealed = golden["toy_langevin"], golden["toy_annealed_langevin"]
     x = samplers.langevin(
@@ -102,7 +90,7 @@ def test_toy_trajectories_of_the_official_code():
         epsilon=plain["lr"] / 2,
         steps=plain["step"],
         sigma=1.0,
-        noise=_recorded(plain["noises"]),
+        noise=recorded(plain["noises"]),
     )
     assert (x - plain["final"]).abs().max() < 1e-5 * plain["final"].abs().max()
     x = samplers.annealed_langevin(
@@ -112,7 +100,7 @@ def test_toy_trajectories_of_the_official_code():
         epsilon=annealed["lr"] / 2,
         steps_per_level=annealed["n_steps_each"],
         denoise=False,
-        noise=_recorded(annealed["noises"]),
+        noise=recorded(annealed["noises"]),
     )
     assert (x - annealed["final"]).abs().max() < 1e-5 * annealed["final"].abs().max()
 

@@ -1,0 +1,42 @@
+"""What the official code computed, and our networks with its weights."""
+
+from pathlib import Path
+
+import torch
+
+from ncsn.networks import MLP, NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+
+FOLDER = Path(__file__).parent.parent / "golden"
+NETWORKS = {
+    "ncsn_16": NCSN,
+    "ncsn_32": NCSN,
+    "ncsnv2_16": NCSNv2,
+    "ncsnv2_32": NCSNv2,
+    "ncsnv2deeper_16": NCSNv2Deeper,
+    "ncsnv2deepest_16": NCSNv2Deepest,
+}
+
+
+def official(name):
+    """The golden data of one of NETWORKS, and the network with its weights."""
+    golden = torch.load(FOLDER / f"{name}.pt", weights_only=True)
+    arguments = {"sigmas": golden["sigmas"]} if NETWORKS[name] is NCSN else {}
+    network = NETWORKS[name](channels=3, width=8, **arguments)
+    weights = {key: value for key, value in golden["state_dict"].items() if key != "sigmas"}
+    assert list(network.state_dict()) == list(weights)
+    network.load_state_dict(weights)
+    return golden, network
+
+
+def toy():
+    """The golden data of the toy network, and the network with its weights."""
+    golden = torch.load(FOLDER / "toy_ssm.pt", weights_only=True)
+    network = MLP()
+    assert list(network.state_dict()) == list(golden["mlp_state_dict"])
+    network.load_state_dict(golden["mlp_state_dict"])
+    return golden, network
+
+
+def recorded(draws):
+    """The noise of a sampler, as it was recorded."""
+    return lambda x, step: draws[step]
