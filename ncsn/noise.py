@@ -58,7 +58,10 @@ def given_sigmas(values: Sequence[float] | Tensor) -> Tensor:
     Raises:
         ValueError: If the values are no such levels.
     """
-    sigmas = torch.as_tensor(values, dtype=torch.float64)
+    if isinstance(values, Tensor):
+        sigmas = values.detach().double()
+    else:  # on the CPU even where networks are built on another device
+        sigmas = torch.tensor(values, dtype=torch.float64, device="cpu")
     if (
         sigmas.ndim != 1
         or len(sigmas) == 0
@@ -234,18 +237,19 @@ def suggest_epsilon(sigmas: Tensor, steps_per_level: int) -> float:
         epsilon, pixel units squared.
 
     Raises:
-        ValueError: If there are fewer than 2 levels or T < 1.
+        ValueError: If the levels do not strictly decrease to a positive one, there are fewer than 2, or T < 1.
     """
-    if len(sigmas) < 2 or steps_per_level < 1:
-        raise ValueError(f"expected at least 2 sigmas and 1 step a level, got {len(sigmas)} and {steps_per_level}")
-    gamma = float(sigmas[0] / sigmas[-1]) ** (1 / (len(sigmas) - 1))
+    levels = given_sigmas(sigmas)
+    if len(levels) < 2 or steps_per_level < 1:
+        raise ValueError(f"expected at least 2 sigmas and 1 step a level, got {len(levels)} and {steps_per_level}")
+    gamma = float(levels[0] / levels[-1]) ** (1 / (len(levels) - 1))
     low, high = 0.0, 2.0
     for _ in range(4):
         u = torch.linspace(low, high, 10_001, dtype=torch.float64)[1:-1]
         best = int((variance_ratio(u, gamma, steps_per_level) - 1).abs().argmin())
         width = float(u[1] - u[0])
         low, high = float(u[best]) - width, float(u[best]) + width
-    return float(u[best]) * float(sigmas[-1]) ** 2
+    return float(u[best]) * float(levels[-1]) ** 2
 
 
 def _check_epsilon(epsilon: float) -> None:

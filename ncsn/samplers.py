@@ -113,7 +113,7 @@ def annealed_langevin(
         x = _steps(score, x, sigma, numbers, step_rule, noise, project, observe)
     if project is not None:
         x = project(x, sigma, numbers[-1])
-    return x + sigma**2 * score(x, x.new_full((len(x),), sigma)) if denoise else x
+    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
 
 
 def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:
@@ -185,16 +185,21 @@ def _steps(
     observe: Observe | None,
 ) -> Tensor:
     """Langevin steps with these numbers at one level."""
-    level = x.new_full((len(x),), sigma)
+    level = _level(x, sigma)
     for step in numbers:
         if project is not None:
             x = project(x, sigma, step)
-        s, z = score(x, level), noise(x, step)
+        s, z = score(x, level).to(x.dtype), noise(x, step)
         alpha = rule(sigma, s, z)
         x = x + alpha * s + (2 * alpha) ** 0.5 * z
         if observe is not None:
             observe(x, step, sigma)
     return x
+
+
+def _level(x: Tensor, sigma: float) -> Tensor:
+    """What the score is told, shape (B,): at least float32, since half precision would take sigma off its level."""
+    return torch.full((len(x),), sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _known(paste: Callable[[Tensor, Tensor], Tensor], reference: Tensor, noise: Noise, steps_per_draw: int) -> Project:

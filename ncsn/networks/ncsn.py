@@ -1,12 +1,14 @@
 """NCSN (Song & Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution", arXiv:1907.05600)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ncsn.networks.refinenet import DEEPER, ConditionalInstanceNorm, RefineNetwork
+from ncsn.noise import given_sigmas
 
 TOLERANCE = 1e-3  # relative distance from a level up to which a sigma is that level
 
@@ -45,13 +47,7 @@ class NCSN(RefineNetwork):
     ) -> None:
         if norm not in ("instance++", "instance"):
             raise ValueError(f"expected norm to be 'instance++' or 'instance', got {norm!r}")
-        levels = (
-            sigmas.detach().clone()
-            if isinstance(sigmas, Tensor)
-            else torch.tensor(sigmas, dtype=torch.float64, device="cpu")
-        )
-        if levels.ndim != 1 or len(levels) == 0 or not (levels[-1] > 0 and (levels[1:] < levels[:-1]).all()):
-            raise ValueError(f"expected sigmas to decrease strictly to a positive value, got {levels.tolist()}")
+        levels = given_sigmas(sigmas)
         if (levels[1:] * (1 + TOLERANCE) > levels[:-1]).any():
             raise ValueError(f"expected sigmas that differ by more than {TOLERANCE:.1%}, got {levels.tolist()}")
         make = partial(ConditionalInstanceNorm, levels=len(levels), plus=norm == "instance++")
@@ -59,6 +55,14 @@ class NCSN(RefineNetwork):
             channels=channels, width=width, act=act, rescale=rescale, norm=make, refine_norm=make, pool="avg"
         )
         self.register_buffer("sigmas", levels.float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the levels with the weights but do not cast them: bfloat16 would round them off by 0.4 %."""
+        levels = self.sigmas
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not levels.is_meta:
+            self.sigmas = levels.to(self.sigmas.device)
+        return self
 
     def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
         ratio = (sigma[:, None] / self.sigmas).log().abs()  # (B, L)

@@ -163,6 +163,20 @@ def test_bfloat16_autocast_is_near_float32_and_gives_float32(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_near_float32_and_know_their_levels(name, dtype):
+    network, x, sigma = _small(name, width=16), _images(10, 3, 16, 16), SIGMAS.float()
+    expected = network(x, sigma)
+    out = network.to(dtype)(x.to(dtype), sigma)
+    assert out.dtype == dtype
+    for one, reference in zip(out.float(), expected, strict=True):
+        assert (one - reference).norm() < 0.05 * reference.norm()
+    if isinstance(network, NCSN):
+        assert torch.equal(network.sigmas, SIGMAS.float())
+        assert torch.equal(network.double().sigmas, SIGMAS.float())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_channels_last_changes_nothing(name):
     network, x, sigma = _small(name), _images(2, 3, 16, 16), SIGMAS[[2, 7]].float()
     expected = network(x, sigma)
@@ -307,9 +321,11 @@ def test_bad_input_is_named(name):
         _small(name, act="gelu")
 
 
-@pytest.mark.parametrize("sigmas", [[], [0.1, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, float("nan")], torch.ones(2, 2)])
+@pytest.mark.parametrize(
+    "sigmas", [[], [0.1, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, float("nan")], [float("inf"), 1.0], torch.ones(2, 2)]
+)
 def test_ncsn_needs_a_ladder(sigmas):
-    with pytest.raises(ValueError, match="sigmas to decrease strictly to a positive value"):
+    with pytest.raises(ValueError, match="finite sigmas that decrease strictly to a positive value"):
         NCSN(channels=1, width=4, sigmas=sigmas)
 
 

@@ -140,23 +140,23 @@ def test_technique_1_needs_two_different_images():
 
 
 @pytest.mark.parametrize(
-    ("sigma_1", "dim", "gamma", "levels", "L", "C"),
+    ("sigma_1", "dim", "gamma", "levels", "rounded", "L", "C"),
     [
-        (1, 3072, 1.039796, 119.0, 10, 0.0),
-        (50, 3072, 1.039796, 219.3, 232, 0.5670),
-        (90, 12288, 1.019510, 472.2, 500, 0.5669),
-        (140, 27648, 1.012923, 744.5, 788, 0.5662),
-        (190, 49152, 1.009661, 1025.7, 1086, 0.5665),
-        (348, 196608, 1.004807, 2181.6, 2311, 0.5669),
+        (1, 3072, 1.039796, 119.0, 119, 10, 0.0),
+        (50, 3072, 1.039796, 219.3, 219, 232, 0.5670),
+        (90, 12288, 1.019510, 472.2, 472, 500, 0.5669),
+        (140, 27648, 1.012923, 744.5, 745, 788, 0.5662),
+        (190, 49152, 1.009661, 1025.7, 1026, 1086, 0.5665),
+        (348, 196608, 1.004807, 2181.6, 2182, 2311, 0.5669),
     ],
 )
-def test_technique_2_for_the_published_data_sets(sigma_1, dim, gamma, levels, L, C):
+def test_technique_2_for_the_published_data_sets(sigma_1, dim, gamma, levels, rounded, L, C):
     """The number of levels at an overlap of one half, and the overlap C of the L levels that were published."""
     assert noise.suggest_gamma(dim) == pytest.approx(gamma, abs=1e-6)
     assert noise.overlap(noise.suggest_gamma(dim), dim) == pytest.approx(0.5, abs=1e-9)
     exact = 1 + math.log(sigma_1 / 0.01) / math.log(noise.suggest_gamma(dim))
     assert exact == pytest.approx(levels, abs=0.0501)
-    assert noise.suggest_levels(sigma_1, 0.01, dim) == round(exact)
+    assert noise.suggest_levels(sigma_1, 0.01, dim) == rounded
     sigmas = noise.geometric_sigmas(sigma_1, 0.01, L)
     assert noise.overlap(float(sigmas[0] / sigmas[1]), dim) == pytest.approx(C, abs=5e-5)
 
@@ -187,6 +187,14 @@ def test_technique_4_for_the_published_schedules(sigma_1, L, T, epsilon, ratio):
     gamma = float(sigmas[0] / sigmas[1])
     u = torch.tensor(found / 0.01**2, dtype=torch.float64)
     assert noise.variance_ratio(u, gamma, T).item() == pytest.approx(ratio, abs=1e-4)
+
+
+@pytest.mark.parametrize("sigmas", [[0.1, 1.0], [1.0, 0.0], [1.0, math.nan, 0.1], [1.0, 1.0]])
+def test_technique_4_needs_a_ladder(sigmas):
+    with pytest.raises(ValueError, match="finite sigmas that decrease strictly to a positive value, got"):
+        noise.suggest_epsilon(torch.tensor(sigmas), 5)
+    with pytest.raises(ValueError, match="at least 2 sigmas and 1 step a level, got 1 and 5"):
+        noise.suggest_epsilon(torch.tensor([1.0]), 5)
 
 
 def test_variance_ratio_is_the_recursion():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncsn import noise, random, samplers
-from ncsn.networks import NCSNv2
+from ncsn.networks import NCSN, NETWORKS, NCSNv2
 from ncsn.toy import Mixture
 from tests.ncsn.golden import official, recorded, toy
 
@@ -241,17 +241,41 @@ def test_project_is_called_before_each_step_and_after_the_last():
     assert torch.equal(x, _draw(None, start))
 
 
-def test_no_step_reads_values_back_from_the_device():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_step_reads_values_back_from_the_device(name):
     """Tensors of the meta device have no values: what would wait for a GPU in the loop fails here."""
+    sigmas = torch.tensor([1.0, 0.1])
     with torch.device("meta"):
+        arguments = {"sigmas": sigmas} if issubclass(NETWORKS[name], NCSN) else {}
+        network = NETWORKS[name](channels=3, width=8, **arguments).to("meta")
         x, mask = torch.empty(4, 3, 8, 8), torch.empty(8, 8, dtype=torch.bool)
-        angle = torch.empty(4)
-    mixed = samplers.interpolated(samplers.torch_noise, samplers.torch_noise, angle)
-    options = {"steps_per_level": 2, "step_rule": noise.snr_rule(0.1), "noise": mixed}
-    for project in (samplers.inpainting(x, mask, mixed), samplers.colourisation(x, mixed)):
-        out = samplers.annealed_langevin(lambda x, _: -x, x, torch.tensor([1.0, 0.1]), project=project, **options)
-        assert out.shape == x.shape
-    assert samplers.langevin(lambda x, _: -x, x, epsilon=0.1, steps=2).device.type == "meta"
+        index, angle = torch.empty(4, dtype=torch.int64), torch.empty(4)
+    p, q, known = (random.seeded_noise(0, index, stream) for stream in (random.STEP, random.OTHER_END, random.KNOWN))
+    options = {"steps_per_level": 2, "noise": samplers.interpolated(p, q, angle)}
+    for project in (samplers.inpainting(x, mask, known), samplers.colourisation(x, known)):
+        for size in ({"step_rule": noise.snr_rule(0.1)}, {"epsilon": 1e-3}):
+            out = samplers.annealed_langevin(network, x, sigmas, project=project, **size, **options)
+            assert (out.shape, out.device.type) == (x.shape, "meta")
+    assert samplers.langevin(network, x, epsilon=0.1, steps=2, sigma=0.1, noise=p).device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_score_is_told_its_level_in_float32_or_better(dtype):
+    sigmas, seen = noise.geometric_sigmas(1.0, 0.01, 10), []
+    network = NCSN(channels=1, width=4, sigmas=sigmas).to(dtype)
+
+    def score(x, sigma):
+        seen.append(sigma)
+        return network(x, sigma)
+
+    index = torch.arange(2)
+    start = random.start_images(0, index, (1, 4, 4)).to(dtype)
+    noises = random.seeded_noise(0, index)
+    x = samplers.annealed_langevin(score, start, sigmas, epsilon=1e-5, steps_per_level=1, noise=noises)
+    assert x.dtype == dtype
+    assert x.isfinite().all()
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert torch.equal(torch.stack(seen)[:, 0], sigmas[[*range(10), 9]].to(exact))
 
 
 @pytest.mark.parametrize("steps_per_draw", [1, 3])
