@@ -33,7 +33,7 @@ def langevin(
     *,
     epsilon: float,
     steps: int,
-    sigma: float = 0.0,
+    sigma: float,
     noise: Noise = torch_noise,
     observe: Observe | None = None,
 ) -> Tensor:
@@ -46,8 +46,9 @@ def langevin(
         x: Start, shape (B, ...).
         epsilon: Step size, pixel units squared, > 0.
         steps: T >= 1.
-        sigma: Noise level that the score is told, pixel units; 0 is the data's own score. A network that is conditioned
-            on noise, or divides by sigma, needs one of its levels.
+        sigma: Noise level that the score is told, pixel units. There is no default, though plain Langevin dynamics has
+            no levels: every score takes one. 0 is the data's own score, which an exact score has; a network that is
+            conditioned on noise, or divides by sigma, needs one of its levels.
         noise: Standard normal values, see the module.
         observe: Watches; must not change x.
 

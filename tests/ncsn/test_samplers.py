@@ -358,6 +358,8 @@ def test_interpolation_leads_from_one_noise_to_the_other_at_unit_variance():
 
 def test_bad_arguments_are_named():
     score, x = (lambda x, sigma: -x), torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="sigma"):
+        samplers.langevin(score, x, epsilon=0.1, steps=1)
     with pytest.raises(ValueError, match="steps_per_level >= 1, got 0"):
         samplers.annealed_langevin(score, x, torch.tensor([1.0, 0.1]), epsilon=1e-3, steps_per_level=0)
     with pytest.raises(ValueError, match="decrease strictly"):
@@ -370,7 +372,7 @@ def test_bad_arguments_are_named():
         rule = noise.snr_rule(0.1)
         samplers.annealed_langevin(score, x, torch.tensor([1.0, 0.1]), epsilon=0.1, steps_per_level=1, step_rule=rule)
     with pytest.raises(ValueError, match=r"epsilon > 0 and steps >= 1, got 0\.1 and 0"):
-        samplers.langevin(score, x, epsilon=0.1, steps=0)
+        samplers.langevin(score, x, epsilon=0.1, steps=0, sigma=1.0)
     with pytest.raises(ValueError, match=r"mask of bool, got torch\.float32"):
         samplers.inpainting(x, torch.ones(2, 3), samplers.torch_noise)
     with pytest.raises(ValueError, match="steps_per_draw >= 1, got 0"):
