@@ -213,7 +213,7 @@ def figure_3(path: Path, *, n: int = 1280, seed: int = 0) -> dict[str, Any]:
 
         seeded = random.seeded_noise(seed, index)
         drawn["langevin"] = samplers.langevin(
-            MIXTURE.score, start, epsilon=epsilon, steps=steps, noise=seeded, observe=observe
+            MIXTURE.score, start, epsilon=epsilon, steps=steps, sigma=0.0, noise=seeded, observe=observe
         )
         drawn["annealed"] = samplers.annealed_langevin(
             Mixture(WEIGHTS, MEANS, 0.0).score,
