@@ -121,9 +121,10 @@ class TrainState:
         self.model.load_state_dict(_below(tensors, "model."))
         self.ema.model.load_state_dict(_below(tensors, "ema."))
         self.optimizer.state.clear()
+        fused = bool(self.optimizer.defaults.get("fused"))
         for name in named:
             self.optimizer.state[parameters[name]] = {
-                kind: _laid_out(tensors[f"optimizer.{kind}.{name}"], parameters[name]) for kind in sorted(kinds)
+                kind: _laid_out(tensors[f"optimizer.{kind}.{name}"], parameters[name], fused) for kind in sorted(kinds)
             }
         self.step, self.ema.updates = int(tensors["step"]), int(tensors["ema_updates"])
 
@@ -284,9 +285,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy in the parameter's memory format, as the optimizer would have made it; counters stay on the CPU."""
-    return value.clone() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
+def _laid_out(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:
+    """A copy laid out as the optimizer makes it: in the parameter's memory format; counters on the CPU unless fused."""
+    if value.ndim == 0:
+        return value.to(parameter.device if fused else "cpu", copy=True)
+    return torch.empty_like(parameter).copy_(value)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
