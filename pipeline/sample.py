@@ -135,6 +135,7 @@ def make_sampler(params: _params.Params, kind: str) -> Sampler:
     identity = {
         "network": model["network"],
         "space": model["space"],
+        "shape": shape,
         "weights": model["sha256"][name],
         "schedule": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},
         "sample": {"denoise": params.sample.denoise, "seed": params.sample.seed},

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import _ray, sample, schedule, train
-from pipeline._store import read_json, sha256
+from pipeline._store import read_json, sha256, write_json
 
 
 @pytest.fixture
@@ -51,6 +51,21 @@ def test_images_do_not_depend_on_the_batch(sampler):
 def test_shards_cover_the_images_in_fixed_blocks():
     assert sample.shards(40, 16) == [(0, 16), (16, 32), (32, 40)]
     assert sample.shards(32, 16) == sample.shards(40, 16)[:2]
+
+
+def test_images_of_another_size_are_other_samples(compose_params, workdir, monkeypatch):
+    network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
+    hashes = {"ema": "0" * 64, "initial": "1" * 64}
+    write_json(train.OUT / "model.json", {"network": network, "space": "pixels", "step": 12, "sha256": hashes})
+    params = compose_params("experiment=tiny")
+    write_json(schedule.OUT / "schedule.json", schedule.choose(params.noise, torch.rand(20, 1, 8, 8)))
+
+    def folder(shape, kind="ema"):
+        monkeypatch.setattr(sample.prepare, "manifest", lambda: {"shape": shape})
+        return sample.make_sampler(params, kind).folder
+
+    assert folder([1, 8, 8]) == folder([1, 8, 8])
+    assert len({folder([1, 8, 8]), folder([1, 16, 16]), folder([1, 8, 8], "untrained")}) == 3
 
 
 def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
