@@ -62,23 +62,50 @@ class Drawer:
         network.load_state_dict(load_file(sampler.weights))
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.sigmas = torch.tensor(sampler.schedule["sigmas"], dtype=torch.float64)
+        self.to_space, self.to_pixels = images.SPACES[sampler.space]
 
     def draw(self, index: Tensor, observe: samplers.Observe | None = None) -> Tensor:
         """Images with these numbers, uint8, shape (B, C, H, W)."""
+        return images.to_uint8(self.langevin(index, observe=observe)).cpu()
+
+    def langevin(
+        self,
+        index: Tensor,
+        *,
+        noise: samplers.Noise | None = None,
+        project: samplers.Project | None = None,
+        observe: samplers.Observe | None = None,
+    ) -> Tensor:
+        """Images with these numbers in pixel units, not clamped, float32, shape (B, C, H, W), on the drawer's device.
+
+        Args:
+            index: Image numbers, shape (B,).
+            noise: In place of that of (seed, number); see `ncsn.samplers`.
+            project: Puts in what is known, in the network's space (`to_space`).
+            observe: Sees the images in pixel units.
+
+        Raises:
+            StageError: If an image is not finite.
+        """
         s = self.sampler
         index = index.to(self.device)
-        to_space, to_pixels = images.SPACES[s.space]
         x = samplers.annealed_langevin(
             self.network,
-            to_space(random.start_images(s.seed, index, s.shape)),
+            self.to_space(random.start_images(s.seed, index, s.shape)),
             self.sigmas,
             epsilon=s.schedule["epsilon"],
             steps_per_level=s.schedule["steps_per_level"],
             denoise=s.denoise,
-            noise=random.seeded_noise(s.seed, index),
-            observe=observe and (lambda x, step, sigma: observe(to_pixels(x), step, sigma)),
+            noise=noise or random.seeded_noise(s.seed, index),
+            project=project,
+            observe=observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         )
-        return images.to_uint8(to_pixels(x)).cpu()
+        if not x.isfinite().all():
+            raise StageError(
+                f"images are not finite with noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from "
+                f"2 sigma_L^2 = {2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner): lower it, then dvc repro"
+            )
+        return self.to_pixels(x)
 
     def __call__(self, shard: tuple[int, int]) -> None:
         """Draw images first..last-1 into a file, with its hash in a file beside it, written last."""

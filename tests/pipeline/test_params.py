@@ -81,6 +81,7 @@ def test_an_override_reaches_its_key_with_its_type():
         ("noise.L=1", "noise.L=1: expected a whole number >= 2 or null"),
         ("noise.sigma_L=-1", "noise.sigma_L=-1.0: expected a number > 0"),
         ("noise.sigma_1=0.001", "noise.sigma_1=0.001: expected more than noise.sigma_L=0.05"),
+        ("noise.epsilon=0.01", "noise.epsilon=0.01: expected less than 2 noise.sigma_L^2 = 0.005, from which on"),
         ("train.ema_decay=1", "train.ema_decay=1.0: expected a number from 0 to less than 1"),
         ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
         ("data.flip=1", "data.flip=1: expected true or false"),

@@ -1,5 +1,6 @@
 """The sampling stage: shards that do not depend on who draws them, in this process and on Ray workers."""
 
+import dataclasses
 import os
 import signal
 
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import _ray, sample, schedule, train
+from pipeline._stage import StageError
 from pipeline._store import read_json, sha256, write_json
 
 
@@ -83,6 +85,13 @@ def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
     assert sorted(p.name for p in sampler.folder.iterdir()) == ["shard_000003_000007.json", "shard_000003_000007.npy"]
 
 
+def test_images_that_diverge_are_named_and_not_stored(sampler):
+    sampler = _diverging(sampler)
+    with pytest.raises(StageError, match=r"not finite with noise.epsilon=1e\+38 \(Langevin .* 2 sigma_L\^2 = 0.005 on"):
+        sample.Drawer(sampler)((0, 2))
+    assert list(sampler.folder.iterdir()) == []
+
+
 def test_the_manifest_describes_the_shards(sampler, tmp_path):
     blocks = sample.shards(10, 4)
     for block in blocks:
@@ -107,6 +116,10 @@ def test_the_animation_ends_with_the_samples(sampler, tmp_path):
     assert Image.open(tmp_path / "x.gif").n_frames > 1
 
 
+def _diverging(sampler):
+    return dataclasses.replace(sampler, schedule=sampler.schedule | {"epsilon": 1e38})
+
+
 def _killed_once(folder):
     """Work whose process is killed with -9 in the middle of job 2, the first time."""
 
@@ -128,6 +141,8 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_pa
     with _ray.cluster(compose_params("runtime.workers=2").runtime):
         done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks]))
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
+        with pytest.raises(StageError, match="^images are not finite"):  # not a traceback of the worker
+            list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))]))
     assert {block for _, block in done} == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
     assert _close(drawn, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
