@@ -141,7 +141,7 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_pa
     with _ray.cluster(compose_params("runtime.workers=2").runtime):
         done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks]))
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
-        with pytest.raises(StageError, match="^images are not finite"):  # not a traceback of the worker
+        with pytest.raises(StageError, match=r"^images are not finite"):  # not a traceback of the worker
             list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))]))
     assert {block for _, block in done} == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
