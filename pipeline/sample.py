@@ -29,6 +29,8 @@ from pipeline._store import code_digest, fingerprint, read_json, replacing, repl
 
 OUT = Path("out/samples")
 FRAMES = 25  # images in the animation
+MOST_LEVELS = 60  # in the animation
+YARDSTICK = 1_000  # images of the untrained network at most: they cost as much as samples
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Drawer:
 
 
 def main(params: _params.Params) -> None:
-    count = {"ema": params.sample.n, "untrained": min(params.sample.n, prepare.manifest()["splits"]["test"]["n"])}
+    yardstick = min(params.sample.n, prepare.manifest()["splits"]["test"]["n"], YARDSTICK)
+    count = {"ema": params.sample.n, "untrained": yardstick}
     blocks = {kind: shards(n, params.sample.shard_size) for kind, n in count.items()}
     with _track.run(params) as run:
         drawn = {kind: make_sampler(params, kind) for kind in count}
@@ -236,12 +239,16 @@ def draw_all(drawn: dict[str, Sampler], blocks: dict[str, list[tuple[int, int]]]
 
 
 def animate(sampler: Sampler, n: int) -> list[Tensor]:
-    """The first n images at the end of each noise level, and after the denoising step: uint8, (n, C, H, W) each."""
+    """The first n images at the end of noise levels, and after the denoising step: uint8, (n, C, H, W) each.
+
+    Of more than MOST_LEVELS levels every second, third and so on counts, such that the last one does.
+    """
     frames: list[Tensor] = []
-    last_step = sampler.schedule["steps_per_level"] - 1
+    L, T = sampler.schedule["L"], sampler.schedule["steps_per_level"]
+    every = -(-L // MOST_LEVELS) * T
 
     def observe(x: Tensor, step: int, sigma: float) -> None:
-        if step % (last_step + 1) == last_step:
+        if (L * T - 1 - step) % every == 0:
             frames.append(images.to_uint8(x).cpu())
 
     final = Drawer(sampler).draw(torch.arange(n), observe)

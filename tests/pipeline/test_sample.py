@@ -108,10 +108,14 @@ def test_the_manifest_describes_the_shards(sampler, tmp_path):
     assert _close(images, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
 
 
-def test_the_animation_ends_with_the_samples(sampler, tmp_path):
+def test_the_animation_ends_with_the_samples(sampler, tmp_path, monkeypatch):
     frames = sample.animate(sampler, 6)
     assert len(frames) == sampler.schedule["L"] + 1
     assert _close(frames[-1].numpy(), sample.Drawer(sampler).draw(torch.arange(6)).numpy())
+    at_level = [frame.numpy() for frame in frames]
+    monkeypatch.setattr(sample, "MOST_LEVELS", 3)  # of 4 levels: every second
+    fewer = [frame.numpy() for frame in sample.animate(sampler, 6)]
+    assert [f.tobytes() for f in fewer] == [at_level[k].tobytes() for k in (1, 3, 4)]
     sample.save_gif(frames, 3, tmp_path / "x.gif")
     assert Image.open(tmp_path / "x.gif").n_frames > 1
 
