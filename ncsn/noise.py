@@ -129,7 +129,7 @@ def suggest_sigma_1(images: Tensor) -> float:
     them (so the paper), drawn with a fixed seed, and the log says so; the cost is O(N^2 D).
 
     Args:
-        images: Training images in [0, 1], shape (N, ...), N >= 2.
+        images: Training images, shape (N, ...), N >= 2, float in [0, 1], or uint8, of which v counts as v / 255.
 
     Returns:
         sigma_1, pixel units.
@@ -143,7 +143,7 @@ def suggest_sigma_1(images: Tensor) -> float:
         log.info("Technique 1: the largest distance among %d of %d images", PAIRWISE_SAMPLE, len(images))
         generator = torch.Generator().manual_seed(0)
         images = images[torch.randperm(len(images), generator=generator)[:PAIRWISE_SAMPLE]]
-    x = images.flatten(1).float()
+    x = images.flatten(1).float() / (255 if images.dtype == torch.uint8 else 1)
     x = x - x.mean(0)  # distances stay, round-off shrinks
     square = x.square().sum(1)
     best, pair, block = -1.0, (0, 0), 2048

@@ -231,6 +231,11 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
         )
+    if params.noise.epsilon is not None and params.noise.epsilon >= (limit := 2 * params.noise.sigma_L**2):
+        raise ParamsError(
+            f"noise.epsilon={params.noise.epsilon}: expected less than 2 noise.sigma_L^2 = {limit:.4g}, from which on "
+            "Langevin steps diverge"
+        )
     return params
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.experimental import tqdm_ray
 from torch import Tensor, nn
 
@@ -134,7 +135,11 @@ def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any]) -> Ite
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         actor, job = running.pop(done)
-        yield job, ray.get(done)
+        try:
+            result = ray.get(done)
+        except RayTaskError as error:
+            raise error.cause from error
+        yield job, result
         if waiting:
             following = waiting.pop()
             running[actor.run.remote(following)] = actor, following

@@ -29,6 +29,8 @@ from pipeline._store import code_digest, fingerprint, read_json, replacing, repl
 
 OUT = Path("out/samples")
 FRAMES = 25  # images in the animation
+MOST_LEVELS = 60  # in the animation
+YARDSTICK = 1_000  # images of the untrained network at most: they cost as much as samples
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,50 @@ class Drawer:
         network.load_state_dict(load_file(sampler.weights))
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.sigmas = torch.tensor(sampler.schedule["sigmas"], dtype=torch.float64)
+        self.to_space, self.to_pixels = images.SPACES[sampler.space]
 
     def draw(self, index: Tensor, observe: samplers.Observe | None = None) -> Tensor:
         """Images with these numbers, uint8, shape (B, C, H, W)."""
+        return images.to_uint8(self.langevin(index, observe=observe)).cpu()
+
+    def langevin(
+        self,
+        index: Tensor,
+        *,
+        noise: samplers.Noise | None = None,
+        project: samplers.Project | None = None,
+        observe: samplers.Observe | None = None,
+    ) -> Tensor:
+        """Images with these numbers in pixel units, not clamped, float32, shape (B, C, H, W), on the drawer's device.
+
+        Args:
+            index: Image numbers, shape (B,).
+            noise: In place of that of (seed, number); see `ncsn.samplers`.
+            project: Puts in what is known, in the network's space (`to_space`).
+            observe: Sees the images in pixel units.
+
+        Raises:
+            StageError: If an image is not finite.
+        """
         s = self.sampler
         index = index.to(self.device)
-        to_space, to_pixels = images.SPACES[s.space]
         x = samplers.annealed_langevin(
             self.network,
-            to_space(random.start_images(s.seed, index, s.shape)),
+            self.to_space(random.start_images(s.seed, index, s.shape)),
             self.sigmas,
             epsilon=s.schedule["epsilon"],
             steps_per_level=s.schedule["steps_per_level"],
             denoise=s.denoise,
-            noise=random.seeded_noise(s.seed, index),
-            observe=observe and (lambda x, step, sigma: observe(to_pixels(x), step, sigma)),
+            noise=noise or random.seeded_noise(s.seed, index),
+            project=project,
+            observe=observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         )
-        return images.to_uint8(to_pixels(x)).cpu()
+        if not x.isfinite().all():
+            raise StageError(
+                f"images are not finite with noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from "
+                f"2 sigma_L^2 = {2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner): lower it, then dvc repro"
+            )
+        return self.to_pixels(x)
 
     def __call__(self, shard: tuple[int, int]) -> None:
         """Draw images first..last-1 into a file, with its hash in a file beside it, written last."""
@@ -90,7 +119,8 @@ class Drawer:
 
 
 def main(params: _params.Params) -> None:
-    count = {"ema": params.sample.n, "untrained": min(params.sample.n, prepare.manifest()["splits"]["test"]["n"])}
+    yardstick = min(params.sample.n, prepare.manifest()["splits"]["test"]["n"], YARDSTICK)
+    count = {"ema": params.sample.n, "untrained": yardstick}
     blocks = {kind: shards(n, params.sample.shard_size) for kind, n in count.items()}
     with _track.run(params) as run:
         drawn = {kind: make_sampler(params, kind) for kind in count}
@@ -135,6 +165,7 @@ def make_sampler(params: _params.Params, kind: str) -> Sampler:
     identity = {
         "network": model["network"],
         "space": model["space"],
+        "shape": shape,
         "weights": model["sha256"][name],
         "schedule": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},
         "sample": {"denoise": params.sample.denoise, "seed": params.sample.seed},
@@ -208,12 +239,16 @@ def draw_all(drawn: dict[str, Sampler], blocks: dict[str, list[tuple[int, int]]]
 
 
 def animate(sampler: Sampler, n: int) -> list[Tensor]:
-    """The first n images at the end of each noise level, and after the denoising step: uint8, (n, C, H, W) each."""
+    """The first n images at the end of noise levels, and after the denoising step: uint8, (n, C, H, W) each.
+
+    Of more than MOST_LEVELS levels every second, third and so on counts, such that the last one does.
+    """
     frames: list[Tensor] = []
-    last_step = sampler.schedule["steps_per_level"] - 1
+    L, T = sampler.schedule["L"], sampler.schedule["steps_per_level"]
+    every = -(-L // MOST_LEVELS) * T
 
     def observe(x: Tensor, step: int, sigma: float) -> None:
-        if step % (last_step + 1) == last_step:
+        if (L * T - 1 - step) % every == 0:
             frames.append(images.to_uint8(x).cpu())
 
     final = Drawer(sampler).draw(torch.arange(n), observe)

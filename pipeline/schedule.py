@@ -3,13 +3,13 @@
 Reads out/data and the section `noise`; writes out/schedule/schedule.json and schedule.png.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ncsn import images, noise
+from ncsn import noise
 from pipeline import _params, _stage, _track, prepare
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
@@ -20,7 +20,9 @@ OUT = Path("out/schedule")
 def main(params: _params.Params) -> None:
     with _track.run(params) as run:
         x, _ = prepare.load("train")
-        schedule = choose(params.noise, images.to_float(torch.from_numpy(np.array(x))))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
+            schedule = choose(params.noise, torch.from_numpy(x))
         for key in ("sigma_1", "L", "epsilon"):
             log.info("%s = %.6g (%s)", key, schedule[key], schedule["how"][key])
         with replacing_folder(OUT) as folder:
@@ -44,7 +46,8 @@ def load(folder: Path = OUT) -> dict[str, Any]:
 
 
 def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
-    """The schedule for images x in [0, 1], shape (N, C, H, W): what is given is kept, what is null is computed."""
+    """The schedule for images x, shape (N, C, H, W), float in [0, 1] or uint8: what is given is kept, what is null is
+    computed. Technique 1 alone reads the images."""
     dim, T = x[0].numel(), given.steps_per_level
     how = dict.fromkeys(("sigma_1", "L", "epsilon"), "given")
     sigma_1, L, epsilon = given.sigma_1, given.L, given.epsilon

@@ -81,7 +81,7 @@ def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int =
 def complete(drawer: sample.Drawer, reference: Tensor, mask: Tensor) -> Tensor:
     """Images that are the reference (N, C, H, W) where the mask (C, H, W) is True, drawn each from its own noise."""
     index, seed = torch.arange(len(reference), device=drawer.device), drawer.sampler.seed
-    known = samplers.inpainting(reference, mask, random.seeded_noise(seed, index, random.KNOWN))
+    known = samplers.inpainting(drawer.to_space(reference), mask, random.seeded_noise(seed, index, random.KNOWN))
     x = draw(drawer, index, random.seeded_noise(seed, index), "inpainting", known)
     return torch.where(mask, reference, x)
 
@@ -125,18 +125,7 @@ def draw(
         def observe(x: Tensor, step: int, sigma: float) -> None:
             bar.update()
 
-        x = samplers.annealed_langevin(
-            drawer.network,
-            random.start_images(s.seed, index, s.shape),
-            drawer.sigmas,
-            epsilon=s.schedule["epsilon"],
-            steps_per_level=s.schedule["steps_per_level"],
-            denoise=s.denoise,
-            noise=noise,
-            project=project,
-            observe=observe,
-        )
-    return x.clamp(0, 1)
+        return drawer.langevin(index, noise=noise, project=project, observe=observe).clamp(0, 1)
 
 
 def rgb(x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ OUT = Path("out/train")
 RUNS = Path("runs")
 KEEP = 2  # checkpoints: the newest, and one more in case the newest is damaged
 PREVIEW = 25  # images
+FEWEST = 4  # where a preview would cost more than PREVIEW_BUDGET
+PREVIEW_BUDGET = 32 * 10**6  # pixels through the network; NCSNv2 on CIFAR-10 needs 30 million for 25 images
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ def main(params: _params.Params) -> None:
         "params": _params.as_dict(params, "loss", "model", "train"),
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
-        "sigmas": levels["sigmas"],
+        "levels": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},  # the last two: previews
         "code": code_digest(
             "ncsn/images.py",
             "ncsn/losses.py",
             "ncsn/networks",
+            "ncsn/noise.py",
             "ncsn/random.py",
+            "ncsn/samplers.py",
             "ncsn/training.py",
             "pipeline/train.py",
         ),
@@ -201,15 +205,15 @@ def row(step: int, window: Tensor) -> Tensor:
 
 
 def observe(job: Job, state: TrainState, curves: Tensor, bar: Any) -> None:
-    """What worker 0 does beside training: log, save, draw."""
+    """What worker 0 does beside training: log, draw, save; in this order, so that what is saved has its previews."""
     p = job.params.train
     if due(state.step, p.log_every, p.steps):
         bar.update(state.step - bar.n)
         job.run.metrics({"train/loss": float(curves[-1, 1])}, state.step)
-    if due(state.step, p.save_every, p.steps):
-        save(job.folder, state, curves)
     if due(state.step, p.preview_every, p.steps):
         preview(job, state)
+    if due(state.step, p.save_every, p.steps):
+        save(job.folder, state, curves)
 
 
 def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
@@ -259,21 +263,27 @@ def save(folder: Path, state: TrainState, curves: Tensor) -> None:
 
 
 def preview(job: Job, state: TrainState) -> None:
-    """Draw a few images with the averaged weights, always from the same noise, as a file and in MLflow."""
-    index = torch.arange(PREVIEW)
-    device = next(state.model.parameters()).device
-    noise = random.seeded_noise(job.params.sample.seed, index.to(device))
+    """Draw `preview_size` images with the averaged weights, always from the same noise, as a file and in MLflow."""
+    index = torch.arange(preview_size(job), device=next(state.model.parameters()).device)
+    seed = job.params.train.seed
     x = samplers.annealed_langevin(
         state.ema.model,
-        random.start_images(job.params.sample.seed, index.to(device), job.shape),
+        random.start_images(seed, index, job.shape),
         torch.tensor(job.schedule["sigmas"]),
         epsilon=job.schedule["epsilon"],
         steps_per_level=job.schedule["steps_per_level"],
-        noise=noise,
+        noise=random.seeded_noise(seed, index),
     )
     picture = grid_picture(images.to_uint8(x.cpu()), columns=5)
     save_png(picture, job.folder / "previews" / f"step_{state.step:08d}.png")
     job.run.image(np.asarray(picture), "train/samples", state.step)
+
+
+def preview_size(job: Job) -> int:
+    """How many images a preview has: as many of `PREVIEW` as `PREVIEW_BUDGET` allows, since the other workers wait, but
+    no fewer than `FEWEST`."""
+    nfe = job.schedule["L"] * job.schedule["steps_per_level"] + 1
+    return max(FEWEST, min(PREVIEW, PREVIEW_BUDGET // (nfe * math.prod(job.shape[1:]))))
 
 
 def publish(job: Job, name: str) -> None:
@@ -296,6 +306,7 @@ def publish(job: Job, name: str) -> None:
             },
         )
         write_curves(tensors["curves"], out)
+        (job.folder / "previews").mkdir(exist_ok=True)  # a person may have removed them
         shutil.copytree(job.folder / "previews", out / "previews")
 
 

@@ -1,5 +1,6 @@
 """What the repository promises about itself."""
 
+import ast
 import importlib.metadata
 import itertools
 import re
@@ -112,6 +113,59 @@ def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
         assert f"pipeline/{name}.py" in stage["deps"]
         assert all(path in outs or (ROOT / path).exists() for path in stage["deps"])
     assert not any(path.startswith("out/") for path in stages["figures"]["deps"])
+
+
+TYPES = {"Score"}  # names that are annotations alone: where nothing else is imported, no result depends on the module
+
+
+def _imports(path):
+    """(module, name) of what a source file imports of ours, at any place in it, but for `TYPES`."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("ncsn", "pipeline"):
+            for name in node.names:
+                if name.name not in TYPES:
+                    yield node.module, name.name
+        elif isinstance(node, ast.Import):
+            assert not any(name.name.partition(".")[0] in ("ncsn", "pipeline") for name in node.names), path
+
+
+def _called(path):
+    """The files of ours that a source file calls: parts of ncsn and private modules at any remove, stages at none."""
+    found, waiting = set(), [path]
+    while waiting:
+        for module, name in _imports(waiting.pop()):
+            inner = f"{module}.{name}".replace(".", "/") + ".py"
+            file = inner if (ROOT / inner).is_file() else module.replace(".", "/") + ".py"
+            if module.startswith("ncsn.networks"):  # a folder, which imports nothing else of ours
+                found.add("ncsn/networks")
+            elif file not in found:
+                found.add(file)
+                if file.startswith(("ncsn/", "pipeline/_")):
+                    waiting.append(file)
+    return found
+
+
+def test_imports_are_followed():
+    assert {"ncsn/losses.py", "ncsn/random.py", "ncsn/networks", "pipeline/prepare.py"} < _called("pipeline/train.py")
+    within = [module for path in (ROOT / "ncsn/networks").glob("*.py") for module, _ in _imports(path)]
+    assert within
+    assert all(module.startswith("ncsn.networks") for module in within)
+    assert _called("ncsn/samplers.py") == {"ncsn/noise.py"}
+    assert _called("pipeline/_pictures.py") == {"ncsn/images.py", "pipeline/_store.py"}
+
+
+@pytest.mark.parametrize("graph", ["dvc.yaml", "sweeps/dvc.yaml"])
+def test_stages_depend_on_all_they_call(graph):
+    stages = yaml.safe_load((ROOT / graph).read_text())["stages"]
+    everything = stages | yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name, stage in stages.items():
+        for file in _called(f"pipeline/{name}.py"):
+            if file.startswith("ncsn/"):
+                assert file in stage["deps"], f"{graph}: {name} lacks {file}"
+            elif not file.startswith("pipeline/_"):  # a stage: its output stands for it
+                other = everything[Path(file).stem]
+                its = {file, *other.get("outs", []), *other.get("metrics", [])}
+                assert its & set(stage["deps"]), f"{graph}: {name} lacks {file}, or what it writes"
 
 
 def test_analytics_of_dvc_are_off():

@@ -29,6 +29,42 @@ def test_every_experiment_composes(option):
         assert params.sample.denoise == params.model.name.startswith("ncsnv2")
 
 
+PUBLISHED = {  # arXiv:1907.05600 and arXiv:2006.09011 with their code; ncsn_celeba64 the latter's run of NCSN
+    # side, sigma_1, L, T, epsilon, batch, steps, lr, adam_eps, ema_decay, model, width, dequantise, flip
+    "ncsn_mnist": (28, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 64, True, False),
+    "ncsn_cifar10": (32, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
+    "ncsn_celeba32": (32, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
+    "ncsn_celeba64": (64, 1, 10, 100, 2e-5, 128, 210_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
+    "ncsnv2_cifar10": (32, 50, 232, 5, 6.2e-6, 128, 300_000, 1e-4, 1e-8, 0.999, "ncsnv2", 128, False, True),
+    "ncsnv2_celeba64": (64, 90, 500, 5, 3.3e-6, 128, 210_000, 1e-4, 1e-8, 0.999, "ncsnv2", 128, False, True),
+    "ncsnv2_church96": (96, 140, 788, 4, 4.9e-6, 128, 200_000, 1e-4, 1e-8, 0.999, "ncsnv2_deeper", 128, False, True),
+    "ncsnv2_tower128": (128, 190, 1086, 3, 1.8e-6, 128, 150_000, 1e-4, 1e-8, 0.999, "ncsnv2_deeper", 128, False, True),
+    "ncsnv2_ffhq256": (256, 348, 2311, 3, 9e-7, 32, 80_000, 1e-4, 1e-3, 0.999, "ncsnv2_deepest", 128, False, True),
+}
+PUBLISHED["ncsnv2_bedroom128"] = PUBLISHED["ncsnv2_tower128"]
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "experiment").glob("ncsn*.yaml")))
+def test_experiments_have_the_published_settings(option):
+    p = _params.parse(compose([f"experiment={option}", "data.root=x"]))
+    noise, train = p.noise, p.train
+    found = (
+        p.data.resolution,
+        noise.sigma_1,
+        noise.L,
+        noise.steps_per_level,
+        noise.epsilon,
+        train.batch_size,
+        train.steps,
+    )
+    found += (train.learning_rate, train.adam_eps, train.ema_decay, p.model.name, p.model.width, train.dequantise)
+    assert (*found, p.data.flip) == PUBLISHED[option]
+    assert (noise.sigma_L, noise.spacing) == (0.01, "geometric")
+    assert p.data.crop == (140 if "celeba" in option else None)
+    assert p.data.channels == (1 if option == "ncsn_mnist" else 3)
+    assert not (train.ema_decay and train.ema_warmup)
+
+
 @pytest.mark.parametrize(
     ("option", "published", "of_technique_4"),
     [
@@ -81,6 +117,7 @@ def test_an_override_reaches_its_key_with_its_type():
         ("noise.L=1", "noise.L=1: expected a whole number >= 2 or null"),
         ("noise.sigma_L=-1", "noise.sigma_L=-1.0: expected a number > 0"),
         ("noise.sigma_1=0.001", "noise.sigma_1=0.001: expected more than noise.sigma_L=0.05"),
+        ("noise.epsilon=0.01", "noise.epsilon=0.01: expected less than 2 noise.sigma_L^2 = 0.005, from which on"),
         ("train.ema_decay=1", "train.ema_decay=1.0: expected a number from 0 to less than 1"),
         ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
         ("data.flip=1", "data.flip=1: expected true or false"),

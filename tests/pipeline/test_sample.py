@@ -1,5 +1,6 @@
 """The sampling stage: shards that do not depend on who draws them, in this process and on Ray workers."""
 
+import dataclasses
 import os
 import signal
 
@@ -10,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import _ray, sample, schedule, train
-from pipeline._store import read_json, sha256
+from pipeline._stage import StageError
+from pipeline._store import read_json, sha256, write_json
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_shards_cover_the_images_in_fixed_blocks():
     assert sample.shards(32, 16) == sample.shards(40, 16)[:2]
 
 
+def test_images_of_another_size_are_other_samples(compose_params, workdir, monkeypatch):
+    network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
+    hashes = {"ema": "0" * 64, "initial": "1" * 64}
+    write_json(train.OUT / "model.json", {"network": network, "space": "pixels", "step": 12, "sha256": hashes})
+    params = compose_params("experiment=tiny")
+    write_json(schedule.OUT / "schedule.json", schedule.choose(params.noise, torch.rand(20, 1, 8, 8)))
+
+    def folder(shape, kind="ema"):
+        monkeypatch.setattr(sample.prepare, "manifest", lambda: {"shape": shape})
+        return sample.make_sampler(params, kind).folder
+
+    assert folder([1, 8, 8]) == folder([1, 8, 8])
+    assert len({folder([1, 8, 8]), folder([1, 16, 16]), folder([1, 8, 8], "untrained")}) == 3
+
+
 def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
     shard = (3, 7)
     assert not sample.is_done(sampler.folder, shard)
@@ -66,6 +83,13 @@ def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
     sample.Drawer(sampler)(shard)
     assert path.read_bytes() == good
     assert sorted(p.name for p in sampler.folder.iterdir()) == ["shard_000003_000007.json", "shard_000003_000007.npy"]
+
+
+def test_images_that_diverge_are_named_and_not_stored(sampler):
+    sampler = _diverging(sampler)
+    with pytest.raises(StageError, match=r"not finite with noise.epsilon=1e\+38 \(Langevin .* 2 sigma_L\^2 = 0.005 on"):
+        sample.Drawer(sampler)((0, 2))
+    assert list(sampler.folder.iterdir()) == []
 
 
 def test_the_manifest_describes_the_shards(sampler, tmp_path):
@@ -84,12 +108,20 @@ def test_the_manifest_describes_the_shards(sampler, tmp_path):
     assert _close(images, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
 
 
-def test_the_animation_ends_with_the_samples(sampler, tmp_path):
+def test_the_animation_ends_with_the_samples(sampler, tmp_path, monkeypatch):
     frames = sample.animate(sampler, 6)
     assert len(frames) == sampler.schedule["L"] + 1
     assert _close(frames[-1].numpy(), sample.Drawer(sampler).draw(torch.arange(6)).numpy())
+    at_level = [frame.numpy() for frame in frames]
+    monkeypatch.setattr(sample, "MOST_LEVELS", 3)  # of 4 levels: every second
+    fewer = [frame.numpy() for frame in sample.animate(sampler, 6)]
+    assert [f.tobytes() for f in fewer] == [at_level[k].tobytes() for k in (1, 3, 4)]
     sample.save_gif(frames, 3, tmp_path / "x.gif")
     assert Image.open(tmp_path / "x.gif").n_frames > 1
+
+
+def _diverging(sampler):
+    return dataclasses.replace(sampler, schedule=sampler.schedule | {"epsilon": 1e38})
 
 
 def _killed_once(folder):
@@ -113,6 +145,8 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_pa
     with _ray.cluster(compose_params("runtime.workers=2").runtime):
         done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks]))
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
+        with pytest.raises(StageError, match=r"^images are not finite"):  # not a traceback of the worker
+            list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))]))
     assert {block for _, block in done} == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
     assert _close(drawn, sample.Drawer(sampler).draw(torch.arange(10)).numpy())

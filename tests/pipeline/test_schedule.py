@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from ncsn import noise
+from ncsn import images, noise
 from pipeline import _params, schedule
 
 
@@ -22,6 +23,17 @@ def test_null_means_computed_from_the_data(params):
     steps = torch.tensor(chosen["step_sizes"])
     assert steps[-1] == pytest.approx(chosen["epsilon"])
     assert [how.split(":")[0] for how in chosen["how"].values()][:2] == ["Technique 1", "Technique 2"]
+
+
+def test_a_large_set_is_read_only_where_technique_1_samples_it(params, workdir, monkeypatch):
+    monkeypatch.setattr(noise, "PAIRWISE_LIMIT", 40)
+    monkeypatch.setattr(noise, "PAIRWISE_SAMPLE", 10)
+    x = images.to_uint8(_images())
+    np.save(workdir / "x.npy", x.numpy())
+    mapped = torch.from_numpy(np.load(workdir / "x.npy", mmap_mode="c"))
+    assert schedule.choose(params.noise, mapped) == schedule.choose(params.noise, images.to_float(x))
+    given = dataclasses.replace(params.noise, sigma_1=3.0)
+    assert schedule.choose(given, x.to("meta"))["dim"] == 64  # a meta tensor has no values to read
 
 
 def test_what_is_given_is_kept(params):

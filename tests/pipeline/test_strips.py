@@ -12,8 +12,8 @@ from ncsn import images
 from pipeline import prepare, sample, schedule, strips, train
 
 
-@pytest.fixture
-def drawer(compose_params, workdir):
+@pytest.fixture(params=images.SPACES)
+def drawer(request, compose_params, workdir):
     torch.manual_seed(0)
     network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
     save_file(train.build(network).state_dict(), workdir / "ema.safetensors")
@@ -27,6 +27,7 @@ def drawer(compose_params, workdir):
             shape=(1, 8, 8),
             denoise=True,
             seed=5,
+            space=request.param,
             folder=workdir / "shards",
         )
     )
@@ -44,6 +45,15 @@ def test_completions_keep_what_is_known_and_differ_in_the_rest(drawer):
     assert torch.equal(x[..., :4], reference[..., :4])
     assert len({image[..., 4:].numpy().tobytes() for image in x}) == 3
     assert ((x >= 0) & (x <= 1)).all()
+
+
+def test_what_is_known_is_put_in_as_the_network_sees_it(drawer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(drawer, "langevin", lambda index, project, **_: seen.append(project) or _real(len(index)))
+    mask = torch.ones(1, 8, 8, dtype=torch.bool)
+    strips.complete(drawer, _real(2), mask)
+    known = drawer.to_pixels(seen[0](drawer.to_space(torch.rand(2, 1, 8, 8)), 1e-6, 0))
+    assert torch.allclose(known, _real(2), atol=1e-4)
 
 
 def test_what_is_known_steers_the_rest(drawer):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -99,6 +100,35 @@ def test_a_broken_run_goes_on_to_the_same_bits(job, monkeypatch):
     monkeypatch.setattr(train, "observe", observe)
     train.fit(job, _ray.World())
     assert _weights(job) == _weights(unbroken)
+
+
+def test_a_run_killed_in_its_last_preview_draws_it_when_it_goes_on(job, monkeypatch):
+    def killed(job, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "preview", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(job, _ray.World())
+    assert train.checkpoints(job.folder)[0].name == "step_00000008"
+    train.fit(job, _ray.World())
+    train.publish(job, "name")
+    assert [path.name for path in (train.OUT / "previews").iterdir()] == ["step_00000012.png"]
+
+
+def test_without_previews_the_rest_is_published(job):
+    train.fit(job, _ray.World())
+    shutil.rmtree(job.folder / "previews")
+    train.publish(job, "name")
+    assert (train.OUT / "model.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("L", "steps_per_level", "side", "images"), [(50, 5, 8, 25), (232, 5, 32, 25), (232, 5, 48, 11), (2311, 3, 256, 4)]
+)
+def test_a_preview_has_fewer_images_where_they_are_expensive(job, L, steps_per_level, side, images):
+    levels = {"L": L, "steps_per_level": steps_per_level}
+    assert train.preview_size(dataclasses.replace(job, schedule=levels, shape=(3, side, side))) == images
 
 
 def test_a_finished_run_has_nothing_left_to_do(job):
