@@ -29,12 +29,14 @@ def test_every_experiment_composes(option):
         assert params.sample.denoise == params.model.name.startswith("ncsnv2")
 
 
-PUBLISHED = {  # arXiv:1907.05600 and arXiv:2006.09011 with their code; ncsn_celeba64 the latter's run of NCSN
+PUBLISHED = {  # arXiv:1907.05600 and arXiv:2006.09011 with their code; ncsn_* from 64 on are the latter's
     # side, sigma_1, L, T, epsilon, batch, steps, lr, adam_eps, ema_decay, model, width, dequantise, flip
     "ncsn_mnist": (28, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 64, True, False),
     "ncsn_cifar10": (32, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
     "ncsn_celeba32": (32, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
     "ncsn_celeba64": (64, 1, 10, 100, 2e-5, 128, 210_000, 1e-3, 1e-8, 0, "ncsn", 128, True, True),
+    "ncsn_church96": (96, 1, 10, 100, 2e-5, 128, 200_000, 1e-3, 1e-8, 0, "ncsn_deeper", 128, True, True),
+    "ncsn_bedroom128": (128, 1, 10, 100, 2e-5, 64, 150_000, 1e-3, 1e-8, 0, "ncsn_deeper", 128, True, True),
     "ncsnv2_cifar10": (32, 50, 232, 5, 6.2e-6, 128, 300_000, 1e-4, 1e-8, 0.999, "ncsnv2", 128, False, True),
     "ncsnv2_celeba64": (64, 90, 500, 5, 3.3e-6, 128, 210_000, 1e-4, 1e-8, 0.999, "ncsnv2", 128, False, True),
     "ncsnv2_church96": (96, 140, 788, 4, 4.9e-6, 128, 200_000, 1e-4, 1e-8, 0.999, "ncsnv2_deeper", 128, False, True),
