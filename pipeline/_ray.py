@@ -61,11 +61,11 @@ class World:
 def cluster(runtime: _params.Runtime) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
     address = os.environ.get("RAY_ADDRESS") or runtime.ray_address
     if address:
         ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(

@@ -1,5 +1,6 @@
 """What score networks of images share: ranges of their arguments, the check of inputs, the range of the pixels."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class ScoreNetwork(nn.Module):
+class ScoreNetwork(nn.Module, ABC):
     """A score network `score(x, sigma)` of images; a subclass gives `multiple` and `_score`.
 
     Args:
@@ -60,8 +61,9 @@ class ScoreNetwork(nn.Module):
             raise ValueError(f"expected one sigma an image, shape ({len(x)},), got {tuple(sigma.shape)}")
         return self._score(2 * x - 1 if self.rescale else x, sigma).to(x.dtype)
 
+    @abstractmethod
     def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The score of checked images whose range is the network's own, shapes as in `forward`."""
 
 
 def divided(f: Tensor, sigma: Tensor) -> Tensor:
