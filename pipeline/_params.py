@@ -44,6 +44,17 @@ def _positive() -> Any:
     return _rule("a number > 0", lambda value: value is None or 0 < value < float("inf"))
 
 
+def _workers() -> Any:
+    return _rule(
+        "a whole number >= 1, or a range as [1, 8]",
+        lambda value: (
+            all(type(n) is int and n >= 1 for n in value) and len(value) == 2 and value[0] <= value[1]
+            if isinstance(value, tuple)
+            else value >= 1
+        ),
+    )
+
+
 def _multipliers() -> Any:
     return _rule(
         "whole numbers >= 1, as in [1, 2, 2]",
@@ -123,6 +134,10 @@ class Train:
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     ema_warmup: bool = _rule("true or false")
     dequantise: bool = _rule("true or false")
+    space: str = _one_of("pixels", "centred", "logits")
+    precision: str = _one_of("fp32", "tf32", "bf16")
+    micro_batch: int | None = _whole(1)
+    max_skipped: int = _whole(1)
     log_every: int = _whole(1)
     save_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
     preview_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
@@ -150,9 +165,16 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how wide it runs; no stage depends on it, so it never makes a result stale."""
+    """Where and how wide it runs; no stage depends on it, so it never makes a result stale.
 
-    workers: int = _whole(1)
+    `workers` is a number, or the fewest and the most of an elastic run.
+    """
+
+    workers: int | tuple[int, ...] = _workers()
+    max_failures: int = _whole(0)
+    storage: str = _rule("a folder or s3://bucket/prefix", bool)
+    keep: int = _whole(1)
+    compile: bool = _rule("true or false")
     ray_address: str | None = _rule("host:port of a Ray cluster")
     tracking_uri: str = _rule("an MLflow tracking URI; the variable MLFLOW_TRACKING_URI takes precedence")
     experiment: str = _rule("a name", lambda value: bool(value))
@@ -215,10 +237,14 @@ def parse(tree: Any) -> Params:
         value = getattr(params.train, name)
         if value % params.train.log_every:
             raise ParamsError(f"train.{name}={value}: expected a multiple of train.log_every={params.train.log_every}")
-    if params.train.batch_size % params.runtime.workers:
+    workers = params.runtime.workers
+    if isinstance(workers, int) and params.train.batch_size % workers:
         raise ParamsError(
-            f"runtime.workers={params.runtime.workers}: expected a divisor of "
-            f"train.batch_size={params.train.batch_size}"
+            f"runtime.workers={workers}: expected a divisor of train.batch_size={params.train.batch_size}, or a range"
+        )
+    if isinstance(workers, tuple) and workers[1] > params.train.batch_size:
+        raise ParamsError(
+            f"runtime.workers={list(workers)}: expected no more than train.batch_size={params.train.batch_size}"
         )
     if (params.model.multipliers is None) == (params.model.name == "unet"):
         allowed = "null but for model.name=unet, which needs them"

@@ -70,7 +70,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(
             "local",
-            num_cpus=max(_cores(), runtime.workers),
+            num_cpus=max(_cores(), most(runtime.workers)),
             include_dashboard=False,
             logging_level=logging.WARNING,
             runtime_env={"worker_process_setup_hook": _quieter()},
@@ -182,6 +182,11 @@ def _quieter() -> Callable[[], None]:
             logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel("ERROR")
 
     return quiet
+
+
+def most(workers: int | tuple[int, ...]) -> int:
+    """The largest number of workers that a run may have."""
+    return workers if isinstance(workers, int) else workers[-1]
 
 
 def _gpus() -> float:

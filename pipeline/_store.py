@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed; hashed when read back."""
+"""Files and objects that are whole or absent: in a folder, or under an S3 prefix; the only importer of boto3.
+
+Local files are written under a temporary name, synced and renamed; an S3 object appears when its upload is complete.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,58 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
     with replacing(path) as part:
         part.mkdir()
         yield part
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Named objects below a local folder; a plain value. `bucket`'s twin, see `store`."""
+
+    uri: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        """The store below this one."""
+        return Folder(f"{self.uri}/{name}")
+
+    def write(self, name: str, content: bytes | Path) -> None:
+        """Store bytes, or a copy of a file, whole or not at all."""
+        with replacing(self._path(name)) as part:
+            if isinstance(content, Path):
+                shutil.copyfile(content, part)
+            else:
+                part.write_bytes(content)
+
+    def read(self, name: str) -> bytes:
+        """The content; raises FileNotFoundError."""
+        return self._path(name).read_bytes()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy an object to a local file, whole or not at all; raises FileNotFoundError."""
+        with replacing(path) as part:
+            shutil.copyfile(self._path(name), part)
+
+    def names(self) -> list[str]:
+        """The names of all objects, sorted, with / between their parts."""
+        root = Path(self.uri)
+        found = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        return sorted(name for name in found if not name.endswith(".part"))
+
+    def remove(self, name: str) -> None:
+        """Remove an object, or all whose names begin with name/; nothing if there is none."""
+        path = self._path(name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise StageError, with the fix, unless objects can be written, read and removed here."""
+
+    def _path(self, name: str) -> Path:
+        return Path(self.uri, name)
+
+
+def store(uri: str) -> Folder:
+    """The store of a folder or of s3://bucket/prefix."""
+    return Folder(str(Path(uri).resolve()))
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -78,7 +78,7 @@ def main(params: _params.Params) -> None:
         job = Job(params, prepare.OUT.resolve() / "train.npy", tuple(manifest["shape"]), levels, folder, run)
         try:
             with _ray.cluster(params.runtime):
-                _ray.train(fit, job, workers=params.runtime.workers, storage=folder)
+                _ray.train(fit, job, workers=_ray.most(params.runtime.workers), storage=folder)
         except FloatingPointError as error:
             kept = [path.name for path in checkpoints(folder)]
             raise StageError(f"{error}; last good checkpoint: {kept[0] if kept else 'none'} in {folder}") from error
