@@ -9,10 +9,15 @@ from collections.abc import Callable
 from pipeline import _params
 
 log = logging.getLogger("pipeline")
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class StageError(RuntimeError):
     """A failure whose message tells the person all they need; printed without a traceback."""
+
+
+class StoppedError(StageError):
+    """A stop that was asked for; what was done is saved, and the same command goes on. Exit status `STOPPED`."""
 
 
 def run(
@@ -40,6 +45,9 @@ def run(
     start = time.monotonic()
     try:
         main(_params.load(args.pop("params")), **args)
+    except StoppedError as error:
+        log.warning("%s (exit status %d)", error, STOPPED)
+        sys.exit(STOPPED)
     except (_params.ParamsError, StageError) as error:
         sys.exit(f"error: {error}")
     log.info("done in %.1f s", time.monotonic() - start)
