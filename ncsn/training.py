@@ -139,9 +139,7 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def data_order(
-    n: int, *, seed: int, first: int, count: int, device: torch.device | str | None = None
-) -> Tensor:
+def data_order(n: int, *, seed: int, first: int, count: int, device: torch.device | str | None = None) -> Tensor:
     """Which image each sample of training is: sample k is entry k mod n of the permutation of epoch k div n.
 
     A function of (seed, k) alone, so any number of workers and any resumed run sees one order.

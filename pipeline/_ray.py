@@ -125,7 +125,7 @@ class Shared:
         assert self.storage is not None
         if isinstance(self.storage, Folder):
             return np.load(Path(self.storage.uri) / self.name, mmap_mode="r")
-        copy = Path(_local_folder(), self.name)
+        copy = Path(_local_folder("data"), self.name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         with open(copy.with_suffix(".lock"), "w") as lock:  # the workers of a node fetch one copy
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -156,7 +156,7 @@ def train(
     job: Any,
     runtime: _params.Runtime,
     *,
-    folder: Path,
+    name: str,
     hear: Callable[..., None] = lambda kind, *what: None,
 ) -> None:
     """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has GPUs.
@@ -170,7 +170,7 @@ def train(
         fn: A function of an importable module; it keeps its own checkpoints.
         job: Any value that can be pickled.
         runtime: Its workers and max_failures.
-        folder: Local, for Ray Train's own notes.
+        name: Of the run, for Ray Train's own notes.
         hear: Called in this process with what the workers `tell`.
 
     Raises:
@@ -185,7 +185,9 @@ def train(
     workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
     fewest = workers if isinstance(workers, int) else workers[0]
     if 0 < _gpus() < fewest:
-        raise StageError(f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers")
+        raise StageError(
+            f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
+        )
     with _Post(hear) as post:
         trainer = TorchTrainer(
             _train_worker,
@@ -202,8 +204,8 @@ def train(
                 num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=RESIZE_INTERVAL
             ),
             run_config=RunConfig(
-                name="ray",
-                storage_path=str(folder.resolve()),
+                name=name,
+                storage_path=_local_folder("train"),
                 failure_config=FailureConfig(max_failures=runtime.max_failures),
             ),
         )
@@ -442,6 +444,6 @@ def _cores() -> int:
     return torch.get_num_threads()
 
 
-def _local_folder() -> str:
+def _local_folder(name: str = "ray") -> str:
     """Short, since paths of Unix sockets must stay under 108 bytes; one for each user of the machine."""
-    return str(Path(tempfile.gettempdir()) / f"ncsn-ray-{os.getuid()}")
+    return str(Path(tempfile.gettempdir()) / f"ncsn-{name}-{os.getuid()}")
