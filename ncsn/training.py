@@ -214,7 +214,7 @@ def train_step(
     loss = accumulate_gradients(
         state, x, sigma, *draws, objective=objective, forward=forward, micro_batch=micro_batch, threads=threads
     )
-    return loss, update(state)
+    return loss, update(state, loss)
 
 
 def accumulate_gradients(
@@ -288,23 +288,25 @@ def accumulate_gradients(
     return torch.cat(losses)
 
 
-def update(state: TrainState, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
-    """One step of the optimizer and of the average with the gradients that are there, unless one is not finite.
+def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
+    """One step of the optimizer and of the average with the gradients that are there, unless they are not finite.
 
-    A gradient with a NaN or an infinity leaves the weights and the optimizer as they are; the step is counted. With a
-    fused optimizer the decision is made on the device, so that nothing waits for it.
+    A loss or a gradient that is NaN or infinite leaves the weights and the optimizer as they are; the step is counted.
+    With a fused optimizer the decision is made on the device, so that nothing waits for it.
 
     Args:
         state: Changed in place.
-        reduce: Called with all gradients first: sums them over the workers, in place.
+        loss: Of the examples that the gradients are of.
+        reduce: Called first with all gradients and the sum of the losses: sums them over the workers, in place.
 
     Returns:
-        Norm of the gradient, shape ().
+        Norm of the gradient, shape (); not finite if the loss is not.
     """
     gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    total = loss.sum()
     if reduce is not None:
-        reduce(gradients)
-    norm = nn.utils.get_total_norm(gradients)
+        reduce([*gradients, total])
+    norm = torch.where(total.isfinite(), nn.utils.get_total_norm(gradients), total)
     if state.optimizer.defaults.get("fused"):
         state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler tells it
         state.optimizer.step()

@@ -378,7 +378,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     host = torch.distributed.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     if rank == 0:
         mailbox.put.remote(BEGUN)
-        log.info("training on %d worker%s, %s", size, "s" * (size > 1), _describe(device))
+        log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device))
 
     def tell(kind: str, *what: Any) -> None:
         mailbox.put.remote(kind, *what)
@@ -394,7 +394,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "on CPUs"
 
 
 def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -208,7 +208,7 @@ def fit(job: Job, world: _ray.World) -> None:
         x, level, *draws = batches(state.step)
         state.learning_rate = learning_rate(p, state.step)
         loss, stop = gradients(x, level, *draws)
-        norm = update(state, lambda tensors: world.sum(*tensors))
+        norm = update(state, loss, lambda tensors: world.sum(*tensors))
         watch(state.step, level, loss, norm)
         window.index_add_(0, level, torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()], 1).double())
         if stop or due(state.step, p.log_every, p.steps):
@@ -377,7 +377,7 @@ class Watch:
         self.skipped += 1
         self.in_a_row += 1
         if self.world.rank == 0:
-            log.warning("step %d skipped: its gradient is not finite", step)
+            log.warning("step %d skipped: its loss or gradient is not finite", step)
         if self.in_a_row >= self.most:
             bad = self.world.any(*(level == first_bad for level in range(len(self.sigmas))))
             raise DivergedError(step, self.in_a_row, self.sigmas[bad.index(True)] if any(bad) else None)
@@ -395,6 +395,7 @@ class Observer:
         p, step = self.job.params.train, self.state.step
         if due(step, p.log_every, p.steps):
             self.bar.update(step - self.bar.n)
+            self.bar.refresh()  # it shows the last step as well
             self.world.tell("metrics", self.metrics(curves, norm, skipped), step)
         if due(step, p.preview_every, p.steps):
             preview(self.job, self.state, self.world)
@@ -612,4 +613,6 @@ def write_curves(curves: Tensor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _stage.run("train", __doc__, main)
+    from pipeline import train  # since what is defined in __main__ would travel to the workers by value
+
+    _stage.run("train", __doc__, train.main)

@@ -251,27 +251,34 @@ def test_micro_batches_give_the_same_update(micro_batch, threads):
 
 def test_shares_of_a_batch_add_up_to_its_gradient():
     batch = torch.rand(7, 1, 4, 4), torch.rand(7) + 0.1, torch.randn(7, 1, 4, 4)
-    whole, one, other = _state(), _state(), _state()
+    whole, one, other, losses = _state(), _state(), _state(), []
     train_step(whole, *batch)
     for state, rows in ((one, slice(0, 3)), (other, slice(3, 7))):
-        accumulate_gradients(state, *(tensor[rows] for tensor in batch), total=7)
-    others = [parameter.grad for parameter in other.model.parameters()]
-    update(one, lambda gradients: [mine.add_(its) for mine, its in zip(gradients, others, strict=True)])
+        losses.append(accumulate_gradients(state, *(tensor[rows] for tensor in batch), total=7))
+    others = [*(parameter.grad for parameter in other.model.parameters()), losses[1].sum()]
+    update(one, losses[0], lambda tensors: [mine.add_(its) for mine, its in zip(tensors, others, strict=True)])
     _same_gradients(one.model, whole.model)
     assert one.step == 1
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(fused, bad):
+@pytest.mark.parametrize("in_loss_alone", [True, False])
+def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_skipped(fused, bad, in_loss_alone):
     torch.manual_seed(0)
     network = NCSNv2(channels=1, width=4)
     state = TrainState(network, torch.optim.Adam(network.parameters(), lr=1e-3, fused=fused), ema_decay=0.99)
     _advance(state, 3)
     kept = {key: value.clone() for key, value in state.state_dict().items() if not key.startswith(("ema.", "step"))}
     x = torch.zeros(2, 1, 4, 4)
-    x[1, 0, 0, 0] = bad
-    loss, norm = train_step(state, x, torch.tensor([1.0, 0.5]), torch.zeros_like(x))
+    if not in_loss_alone:
+        x[1, 0, 0, 0] = bad
+
+    def objective(score, x, sigma, z):
+        loss = denoising_score_matching(score, x, sigma, z)
+        return loss + torch.tensor([0, bad if in_loss_alone else 0])
+
+    loss, norm = train_step(state, x, torch.tensor([1.0, 0.5]), torch.zeros_like(x), objective=objective)
     assert loss.isfinite().tolist() == [True, False]
     assert not norm.isfinite()
     after = state.state_dict()
