@@ -172,6 +172,7 @@ class Runtime:
 
     workers: int | tuple[int, ...] = _workers()
     max_failures: int = _whole(0)
+    resize_interval: float = _positive()
     storage: str = _rule("a folder or s3://bucket/prefix", bool)
     keep: int = _whole(1)
     compile: bool = _rule("true or false")

@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import logging
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -23,18 +22,15 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.experimental import tqdm_ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from pipeline import _params
-from pipeline._stage import StageError, StoppedError, log
+from pipeline._stage import StageError, StopSignals, log
 from pipeline._store import Bucket, Folder, store
 
 ROOT = Path(__file__).resolve().parent.parent
-STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1
 LISTEN_INTERVAL = 0.5  # seconds between looks into the mailbox
-RESIZE_INTERVAL = 60.0  # seconds between looks for more nodes, in an elastic run
 OBJECT_LIMIT = 2**30  # bytes from which on data does not go through Ray's object store
 BUCKET = 64 * 2**20  # bytes that travel between workers at once
 BEGUN = "begun"
@@ -70,12 +66,6 @@ class World:
         told = torch.tensor(flags, dtype=torch.int32)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.host)
         return tuple(bool(flag) for flag in told)
-
-    def progress(self, total: int, *, initial: int, unit: str) -> Any:
-        """A progress bar that worker 0 moves and the driver's terminal shows."""
-        bar = tqdm_ray.tqdm(total=total, unit=unit)
-        bar.update(initial)
-        return bar
 
 
 @contextmanager
@@ -157,20 +147,22 @@ def train(
     runtime: _params.Runtime,
     *,
     name: str,
+    signals: StopSignals,
     hear: Callable[..., None] = lambda kind, *what: None,
 ) -> None:
     """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has GPUs.
 
     When a worker or a node dies, all start anew, up to runtime.max_failures times; with a range of workers on what is
     left, and on more when there is more. Errors that another try would meet again (any but RuntimeError and OSError, of
-    which a dying neighbour causes some) end the run at once. SIGTERM and SIGUSR1 make `world.asked_to_stop` true, so
-    that fn may save and return.
+    which a dying neighbour causes some) end the run at once. Signals make `world.asked_to_stop` true, so that fn may
+    save and return.
 
     Args:
         fn: A function of an importable module; it keeps its own checkpoints.
         job: Any value that can be pickled.
-        runtime: Its workers and max_failures.
+        runtime: Its workers, max_failures and resize_interval.
         name: Of the run, for Ray Train's own notes.
+        signals: Held from when fn begins until it has ended.
         hear: Called in this process with what the workers `tell`.
 
     Raises:
@@ -188,7 +180,7 @@ def train(
         raise StageError(
             f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
         )
-    with _Post(hear) as post:
+    with _Post(hear, signals) as post:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -201,7 +193,7 @@ def train(
                 "environment": {key: value for key, value in os.environ.items() if key.startswith("AWS_")},
             },
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=RESIZE_INTERVAL
+                num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=runtime.resize_interval
             ),
             run_config=RunConfig(
                 name=name,
@@ -223,8 +215,7 @@ def train(
             raise StageError(f"Ray Train gave up: {' '.join(str(error).split())}") from error
     if post.error is not None:
         raise post.error
-    if post.signal is not None:
-        raise StoppedError(f"stopped by {post.signal}; what is done is saved, and the same command goes on from there")
+    signals.stop()
 
 
 class _Mailbox:
@@ -258,48 +249,39 @@ class _Mailbox:
 class _Post:
     """The driver's end of the mailbox, while training runs: hears messages in a thread, passes signals on."""
 
-    def __init__(self, hear: Callable[..., None]) -> None:
+    def __init__(self, hear: Callable[..., None], signals: StopSignals) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-        self.hear = hear
-        self.signal: str | None = None
+        self.hear, self.signals = hear, signals
         self.error: Exception | None = None
-        self.begun = self.told = False
+        self.told = False
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._listen, name="post", daemon=True)
-        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Post":
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         self.thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.signals.held = False
         self.over.set()
         self.thread.join()
         self._pass_on()
         self.error = ray.get(self.mailbox.failed.remote())
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
-        if not self.begun:  # the workers have yet to start: nothing is lost
-            raise StoppedError(f"stopped by {self.signal} before training began; the same command starts it")
 
     def _listen(self) -> None:
         while not self.over.wait(LISTEN_INTERVAL):
             self._pass_on()
 
     def _pass_on(self) -> None:
-        if self.signal is not None and not self.told:
-            log.warning("%s: training stops at the next step and is saved", self.signal)
+        if self.signals.name is not None and not self.told:
+            log.warning("%s: training stops after this step and is saved", self.signals.name)
             self.mailbox.ask_to_stop.remote()
             self.told = True
         for kind, *what in ray.get(self.mailbox.take.remote()):
-            self.begun = True
-            if kind != BEGUN:
+            if kind == BEGUN:
+                self.signals.held = True
+            else:
                 self.hear(kind, *what)
 
 

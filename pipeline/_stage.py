@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,41 @@ class StageError(RuntimeError):
 
 class StoppedError(StageError):
     """A stop that was asked for; what was done is saved, and the same command goes on. Exit status `STOPPED`."""
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 raise StoppedError; or, while `held`, are noted alone, for one who saves first.
+
+    Attributes:
+        name: Of the signal that came, None before.
+        held: Whether signals wait.
+    """
+
+    NUMBERS = signal.SIGTERM, signal.SIGUSR1
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.held = False
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._take) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        if not self.held:
+            self.stop()
+
+    def stop(self) -> None:
+        """Raise StoppedError if a signal has come."""
+        if self.name is not None:
+            raise StoppedError(
+                f"stopped by {self.name}: what is done is saved, and the same command goes on from there"
+            )
 
 
 def run(

@@ -7,7 +7,6 @@ broken. SIGTERM and SIGUSR1 save a checkpoint and end with exit status 75.
 """
 
 import csv
-import functools
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from ncsn import images, random, samplers
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
@@ -40,6 +40,7 @@ PREVIEW_BUDGET = 32 * 10**6  # pixels through the network; NCSNv2 on CIFAR-10 ne
 HELD_OUT = 500  # test images whose loss tells the best checkpoint
 HELD_OUT_BATCH = 100
 LEVEL_GROUPS = 10  # curves of the loss in MLflow, each of neighbouring levels
+SAID_EVERY = 30  # seconds between lines on the progress, where there is no terminal
 DEVICE_SHARE = 0.25  # of a GPU's free memory that the data may take
 
 
@@ -104,13 +105,13 @@ def main(params: _params.Params) -> None:
     claim(folder, identity)
     log.info("run folder %s", folder.uri)
     held_out = np.array(prepare.load("test")[0][:HELD_OUT])
-    with _track.run(params) as run:
+    with _stage.StopSignals() as signals, _track.run(params) as run:
         with _ray.cluster(params.runtime):
             digest = manifest["splits"]["train"]["sha256"]
             data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)
             job = Job(params, data, held_out, tuple(manifest["shape"]), levels, folder)
             try:
-                _ray.train(fit, job, params.runtime, name=name, hear=functools.partial(hear, run))
+                _ray.train(fit, job, params.runtime, name=name, signals=signals, hear=Ear(run, params.train.steps))
             except FloatingPointError as error:
                 kept = _checkpoints.steps(folder)
                 raise StageError(f"{error}; last good checkpoint: step {kept[0]} in {folder.uri}") from error
@@ -134,10 +135,32 @@ def claim(folder: Store, identity: dict[str, Any]) -> None:
         )
 
 
-def hear(run: _track.Run, kind: str, *what: Any) -> None:
-    """Pass on to MLflow what a worker tells: "metrics" or "image", with the arguments of that method of `Run`."""
-    tell: dict[str, Callable[..., None]] = {"metrics": run.metrics, "image": run.image}
-    tell[kind](*what)
+class Ear:
+    """Passes on to MLflow what worker 0 tells, and shows how far it is: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, run: _track.Run, total: int) -> None:
+        self.run, self.total = run, total
+        self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
+        self.said = time.monotonic()
+
+    def __call__(self, kind: str, *what: Any) -> None:
+        if kind == "image":
+            self.run.image(*what)
+            return
+        values, step = what
+        if kind == "metrics":
+            self.run.metrics(values, step)
+            self.bar.set_postfix(loss=f"{values['train/loss']:.4g}", refresh=False)
+            if self.bar.disable and time.monotonic() - self.said > SAID_EVERY:
+                self.said = time.monotonic()
+                log.info(
+                    "step %d of %d, loss %.4g, %.0f images/s, %.2f h left",
+                    *(step, self.total, values["train/loss"]),
+                    *(values["train/images_per_second"], values["train/hours_left"]),
+                )
+        else:  # "at"
+            self.bar.initial = self.bar.last_print_n = step
+        self.bar.update(step - self.bar.n)
 
 
 def describe(model: _params.Model, channels: int, sigmas: list[float], space: str = "pixels") -> dict[str, Any]:
@@ -388,14 +411,12 @@ class Observer:
 
     def __init__(self, job: Job, state: TrainState, world: _ray.World) -> None:
         self.job, self.state, self.world = job, state, world
-        self.bar = world.progress(job.params.train.steps, initial=state.step, unit="step")
+        world.tell("at", {}, state.step)
         self.since = time.monotonic(), state.step
 
     def __call__(self, curves: Tensor, window: Tensor, norm: Tensor, skipped: int, stop: bool) -> None:
         p, step = self.job.params.train, self.state.step
         if due(step, p.log_every, p.steps):
-            self.bar.update(step - self.bar.n)
-            self.bar.refresh()  # it shows the last step as well
             self.world.tell("metrics", self.metrics(curves, norm, skipped), step)
         if due(step, p.preview_every, p.steps):
             preview(self.job, self.state, self.world)

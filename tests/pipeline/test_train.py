@@ -35,27 +35,9 @@ class _Log:
         if kind == "metrics":
             values, step = what
             self.rows.append((step, values))
-        else:
+        elif kind == "image":
             _, key, step = what
             self.pictures.append((key, step))
-
-
-class _Bar:
-    n = 0
-
-    def update(self, steps):
-        self.n += steps
-
-    def refresh(self):
-        pass
-
-
-@dataclasses.dataclass(frozen=True)
-class _World(_ray.World):
-    """A worker of this process, without Ray's progress bar."""
-
-    def progress(self, total, *, initial, unit):
-        return _Bar()
 
 
 @pytest.fixture
@@ -65,7 +47,7 @@ def heard():
 
 @pytest.fixture
 def world(heard):
-    return _World(tell=heard)
+    return _ray.World(tell=heard)
 
 
 def _job(params, x, folder):
@@ -318,7 +300,7 @@ torch.distributed.destroy_process_group()
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2, timeout=timedelta(seconds=120)
     )
     try:
-        train.fit(job, _World(0, 2))
+        train.fit(job, _ray.World(0, 2))
     finally:
         torch.distributed.destroy_process_group()
     assert other_worker.wait(60) == 0
