@@ -259,6 +259,7 @@ class _Post:
         self.thread = threading.Thread(target=self._listen, name="post", daemon=True)
 
     def __enter__(self) -> "_Post":
+        self.signals.take()  # from ray.init
         self.thread.start()
         return self
 

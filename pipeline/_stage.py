@@ -36,14 +36,20 @@ class StopSignals:
         self.held = False
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._take) for number in self.NUMBERS}
+        self.before = {number: signal.getsignal(number) for number in self.NUMBERS}
+        self.take()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _take(self, number: int, frame: object) -> None:
+    def take(self) -> None:
+        """Take the signals over, again from whoever has done so since."""
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
         if not self.held:
             self.stop()

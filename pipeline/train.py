@@ -136,7 +136,7 @@ def claim(folder: Store, identity: dict[str, Any]) -> None:
 
 
 class Ear:
-    """Passes on to MLflow what worker 0 tells, and shows how far it is: a bar on a terminal, else a line now and then."""
+    """Passes on to MLflow what worker 0 tells, and shows how far it is: by a bar on a terminal, else by lines."""
 
     def __init__(self, run: _track.Run, total: int) -> None:
         self.run, self.total = run, total
