@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -405,6 +406,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _client(uri: str) -> MlflowClient:
     for name, value in QUICK.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each try; we do once
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
