@@ -1,34 +1,47 @@
 """Turn the configured data set into out/data: uint8 arrays (N, C, H, W), labels, a manifest and a picture.
 
-data=digits         the 8x8 grey digits inside scikit-learn
-data=fashion_mnist  IDX files, plain or .gz, in the folder data.root
-data=image_folder   any folder, .tar, .tar.gz or .tgz of images, data.root; scaled and cropped to data.resolution
-data=patches        RGB patches of scikit-learn's two photographs, of side data.resolution
+data=digits                  the 8x8 grey digits inside scikit-learn
+data=mnist, fashion_mnist    28x28 grey, IDX files
+data=cifar10                 32x32 RGB, the official Python batches
+data=celeba32, celeba64      RGB faces: the 140x140 pixels at the centre, scaled
+data=lsun_church96, lsun_bedroom128, lsun_tower128
+                             RGB scenes from LSUN's databases: shortest side scaled, centre cropped
+data=ffhq256                 256x256 RGB faces, from a folder or a database of pictures
+data=image_folder            any folder, .tar, .tar.gz or .tgz of images, data.root; shortest side scaled to
+                             data.resolution, centre cropped
+data=patches                 RGB patches of scikit-learn's two photographs, of side data.resolution
 
+What is published is downloaded first, as `python -m pipeline.fetch` does; docs/data.md has files, sizes and licences.
 Writes train.npy, test.npy, train_labels.npy and test_labels.npy (labelled sets only), manifest.json, examples.png.
-The same input gives the same bytes.
+The same input gives the same bytes. Memory does not grow with the set, but for the paths of a folder of images.
 """
 
 import gzip
 import hashlib
 import io
 import os
+import pickle
+import shutil
 import struct
 import tarfile
+import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from pipeline import _stage
+from pipeline import _sources, _stage
 from pipeline._params import Data, Params, ParamsError
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
@@ -50,8 +63,11 @@ BROKEN = (
     struct.error,
     zlib.error,
     tarfile.TarError,
+    zipfile.BadZipFile,
     Image.DecompressionBombError,
 )
+PENDING = 64  # pictures that are read ahead of those that are decoded
+BLOCK = 1 << 24  # bytes
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -64,6 +80,32 @@ FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+CIFAR10_BATCHES = {  # MD5 of the files inside the archive: they are pickles, and opened only if they are these
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+}
+CELEBA_SPLITS = {"0": "train", "2": "test"}  # 1 is the validation set, which the official code leaves out, too
+SIDES = {
+    "celeba32": 32,
+    "celeba64": 64,
+    "lsun_church96": 96,
+    "lsun_bedroom128": 128,
+    "lsun_tower128": 128,
+    "ffhq256": 256,
+}
+PICTURES = {  # how many were published
+    "church_outdoor_train_lmdb": 126_227,
+    "bedroom_train_lmdb": 3_033_042,
+    "tower_train_lmdb": 708_264,
+    "ffhq256": 70_000,
+} | dict.fromkeys(("church_outdoor_val_lmdb", "bedroom_val_lmdb", "tower_val_lmdb"), 300)
+MNIST = "LeCun, Bottou, Bengio & Haffner (1998), Gradient-Based Learning Applied to Document Recognition"
+FASHION_MNIST = "Xiao, Rasul & Vollgraf (2017), Fashion-MNIST, arXiv:1708.07747, MIT licence"
 PHOTOGRAPHS = (  # as scikit-learn's sklearn/datasets/images/README.txt credits them
     {
         "file": "china.jpg",
@@ -85,24 +127,38 @@ Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """A picture that is left out, and why."""
+
+    path: str
+    error: str
+
+
+Numbered = tuple[int, Images | Unreadable]
+File = tuple[int, str, Callable[[], bytes]]  # number, path, reader of the content
+
+
+@dataclass(frozen=True)
 class _Set:
-    """A data set in memory.
+    """A data set whose images are numbered and come one after the other.
 
     Args:
-        images: uint8, (N, C, H, W).
-        splits: Row numbers of the images of "train" and of "test"; rows in neither are left out.
+        where: Where it lies, for messages.
+        shape: (C, H, W).
+        splits: Numbers of the images of "train" and of "test"; those in neither are left out.
+        images: Numbers and images, uint8 (C, H, W), in any order; of a number that comes twice the last one counts.
         source: Where the images come from and how they were split, as JSON.
-        labels: int64, (N,), row numbers of `classes`; None if unlabelled.
+        labels: int64, by number, row numbers of `classes`; None if unlabelled.
         classes: Their names; None if unlabelled.
-        unreadable: {"path", "error"} of each file left out.
     """
 
-    images: Images
+    where: str
+    shape: tuple[int, int, int]
     splits: dict[str, Rows]
+    images: Iterator[Numbered]
     source: dict[str, Any]
     labels: Labels | None = None
     classes: list[str] | None = None
-    unreadable: list[dict[str, str]] = field(default_factory=list)
 
 
 def load(split: str, folder: Path | str = OUT) -> tuple[Images, Labels | None]:
@@ -144,17 +200,28 @@ def main(params: Params) -> None:
         StageError: On missing, broken or too few images.
     """
     data = params.data
-    build = {"digits": _digits, "fashion_mnist": _fashion_mnist, "image_folder": _image_folder, "patches": _patches}
-    found = build[data.name](data)
-    channels, height, width = found.images.shape[1:]
+    build: dict[str, Callable[[Data], _Set]] = {
+        "digits": _digits,
+        "patches": _patches,
+        "mnist": partial(_idx_set, classes=[str(digit) for digit in range(10)], reference=MNIST),
+        "fashion_mnist": partial(_idx_set, classes=list(FASHION_CLASSES), reference=FASHION_MNIST),
+        "cifar10": _cifar10,
+        "celeba32": _celeba,
+        "celeba64": _celeba,
+        "ffhq256": _ffhq,
+        "image_folder": _image_folder,
+    }
+    found = build.get(data.name, _lsun)(data)
+    channels, height, width = found.shape
     with replacing_folder(OUT) as part:
-        splits = {split: _write_split(part, split, found) for split in SPLITS}
+        kept, digests, unreadable = _write_images(part, found)
+        splits = {split: _entry(part, split, kept[split], digests[split], found) for split in SPLITS}
         written = {
             "name": data.name,
             "shape": [channels, height, width],
             "classes": found.classes,
             "source": found.source,
-            "unreadable": found.unreadable,
+            "unreadable": [{"path": each.path, "error": each.error} for each in unreadable],
             "splits": splits,
         }
         write_json(part / "manifest.json", written)
@@ -178,55 +245,57 @@ def _digits(data: Data) -> _Set:
     bunch = load_digits()
     images: Images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     labels: Labels = bunch.target.astype(np.int64)
-    _expect_own_shape(data, images)
     source = {
         "from": "scikit-learn's load_digits",
         "reference": "Alpaydin & Kaynak (1998), Optical Recognition of Handwritten Digits, UCI, doi:10.24432/C50P49",
         "split": _how_drawn(data),
     }
     splits = _draw_split(labels, data.test_fraction, data.seed)
-    return _Set(images, splits, source, labels, [str(name) for name in bunch.target_names])
+    return _of_array(data, images, splits, source, labels, [str(name) for name in bunch.target_names])
 
 
-def _fashion_mnist(data: Data) -> _Set:
-    root = Path(data.root or "").expanduser()
+def _of_array(
+    data: Data,
+    images: Images,
+    splits: dict[str, Rows],
+    source: dict[str, Any],
+    labels: Labels | None = None,
+    classes: list[str] | None = None,
+) -> _Set:
+    """The set of an array (N, C, H, W)."""
+    _, channels, height, width = images.shape
+    _expect_own_shape(data, channels, height)
+    pairs = ((number, image) for number, image in enumerate(images))
+    return _Set(source["from"], (channels, height, width), splits, pairs, source, labels, classes)
+
+
+def _idx_set(data: Data, classes: list[str], reference: str) -> _Set:
+    """MNIST and what has its form."""
+    root = _sources.folder(data)
     images: list[Images] = []
     labels: list[Images] = []
     files = {}
-    for prefix in ("train", "t10k"):
-        for kind, arrays in (("images-idx3", images), ("labels-idx1", labels)):
-            path = _find_idx(root, f"{prefix}-{kind}-ubyte", data.root)
-            content = path.read_bytes()
-            files[path.name] = hashlib.sha256(content).hexdigest()
-            arrays.append(_read_idx(path, content, ndim=3 if kind == "images-idx3" else 1))
-        if len(images[-1]) != len(labels[-1]):
-            raise StageError(f"{root}: {len(images[-1])} {prefix} images but {len(labels[-1])} labels")
+    for number, path in enumerate(_sources.fetch(data)):  # images and labels to train with, then to test with
+        content = path.read_bytes()
+        files[path.name] = hashlib.sha256(content).hexdigest()
+        (labels if number % 2 else images).append(_read_idx(path, content, ndim=1 if number % 2 else 3))
+    for name, split_images, split_labels in zip(("train", "t10k"), images, labels, strict=True):
+        if len(split_images) != len(split_labels):
+            raise StageError(f"{root}: {len(split_images)} {name} images but {len(split_labels)} labels")
     if images[0].shape[1:] != images[1].shape[1:]:
         raise StageError(f"{root}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}")
     joined = np.concatenate(labels).astype(np.int64)
-    if joined.max() >= len(FASHION_CLASSES):
-        raise StageError(f"{root}: label {joined.max()}, expected 0 to {len(FASHION_CLASSES) - 1}")
-    found = np.concatenate(images)[:, None]
-    _expect_own_shape(data, found)
-    rows = np.arange(len(found))
+    if joined.max() >= len(classes):
+        raise StageError(f"{root}: label {joined.max()}, expected 0 to {len(classes) - 1}")
+    rows = np.arange(len(joined))
     source = {
-        "from": str(root),
-        "reference": "Xiao, Rasul & Vollgraf (2017), Fashion-MNIST, arXiv:1708.07747, MIT licence",
+        "from": _named(data, root),
+        "reference": reference,
         "split": "as the set comes",
         "files": files,
     }
     splits = {"train": rows[: len(images[0])], "test": rows[len(images[0]) :]}
-    return _Set(found, splits, source, joined, list(FASHION_CLASSES))
-
-
-def _find_idx(root: Path, name: str, given: str | None) -> Path:
-    fix = "install the set with `apt-get install dataset-fashion-mnist` or give its folder as data.root=..."
-    if given is None or not root.is_dir():
-        raise StageError(f"data.root={given}: no such folder; {fix}")
-    for path in (root / name, root / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise StageError(f"{root / name} does not exist, nor {name}.gz beside it; {fix}")
+    return _of_array(data, np.concatenate(images)[:, None], splits, source, joined, classes)
 
 
 def _read_idx(path: Path, content: bytes, *, ndim: int) -> Images:
@@ -263,50 +332,251 @@ def _read_idx(path: Path, content: bytes, *, ndim: int) -> Images:
     return values.reshape(shape)
 
 
+def _cifar10(data: Data) -> _Set:
+    (path,) = _sources.fetch(data)
+    batches = {}
+    for name, content in _cifar10_files(path):
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != CIFAR10_BATCHES[name]:
+            raise StageError(
+                f"{path}: {name} has md5 {found}, expected {CIFAR10_BATCHES[name]}: it is not the published file and "
+                "is not opened; remove it, to have it downloaded"
+            )
+        batches[name] = pickle.loads(content, encoding="latin1")
+    if missing := CIFAR10_BATCHES.keys() - batches.keys():
+        raise StageError(f"{path} lacks {', '.join(sorted(missing))}; remove it, to have it downloaded")
+    parts = [batches[name] for name in CIFAR10_BATCHES if name != "batches.meta"]
+    images: Images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+    labels: Labels = np.concatenate([part["labels"] for part in parts]).astype(np.int64)
+    rows, n = np.arange(len(images)), len(images) - len(batches["test_batch"]["labels"])
+    source = {
+        "from": "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "reference": "Krizhevsky (2009), Learning Multiple Layers of Features from Tiny Images",
+        "split": "as the set comes",
+        "files": dict(CIFAR10_BATCHES),
+    }
+    splits = {"train": rows[:n], "test": rows[n:]}
+    return _of_array(data, images, splits, source, labels, batches["batches.meta"]["label_names"])
+
+
+def _cifar10_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the batches in the archive, or in its folder."""
+    if path.is_dir():
+        for name in CIFAR10_BATCHES:
+            if (path / name).is_file():
+                yield name, (path / name).read_bytes()
+        return
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name).name
+            if name in CIFAR10_BATCHES:
+                yield name, _extract(archive, member)
+
+
+def _celeba(data: Data) -> _Set:
+    pictures, partition = _sources.fetch(data)
+    lines = [line.split() for line in partition.read_text().splitlines() if line.strip()]
+    numbers = {split: [n for n, line in enumerate(lines) if CELEBA_SPLITS.get(line[1]) == split] for split in SPLITS}
+    names = [line[0] for line in lines]
+    source = {
+        "from": "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        "reference": "Liu, Luo, Wang & Tang (2015), Deep Learning Face Attributes in the Wild, arXiv:1411.7766",
+        "split": "as the set comes, without its validation set",
+        "crop": data.crop,
+    }
+    return _of_files(
+        data,
+        str(pictures),
+        {split: np.array(rows, np.intp) for split, rows in numbers.items()},
+        _celeba_files(pictures, names, sorted(numbers["train"] + numbers["test"])),
+        source,
+    )
+
+
+def _celeba_files(pictures: Path, names: list[str], numbers: list[int]) -> Iterator[File]:
+    """The pictures of these numbers, from the zip or from its folder."""
+    if pictures.is_dir():
+        for number in numbers:
+            yield number, names[number], (pictures / names[number]).read_bytes
+        return
+    with zipfile.ZipFile(pictures) as archive:
+        for number in numbers:
+            yield number, names[number], partial(archive.read, f"img_align_celeba/{names[number]}")
+
+
+def _lsun(data: Data) -> _Set:
+    paths = [_unpacked(path) for path in _sources.fetch(data)]
+    counts = []
+    for path in paths:
+        with _database(path) as database:
+            counts.append(database.stat()["entries"])
+        _expect_number(path, path.name, counts[-1])
+    rows = np.arange(sum(counts))
+    source = {
+        "from": "https://www.yf.io/p/lsun",
+        "reference": "Yu, Seff, Zhang, Song, Funkhouser & Xiao (2015), LSUN, arXiv:1506.03365",
+        "split": "as the set comes: train, and val for test",
+        "pictures": dict(zip((path.name for path in paths), counts, strict=True)),
+    }
+    splits = {"train": rows[: counts[0]], "test": rows[counts[0] :]}
+    return _of_files(data, str(paths[0].parent), splits, _lsun_files(paths), source)
+
+
+def _lsun_files(paths: list[Path]) -> Iterator[File]:
+    """All pictures of the databases, in the order of their keys."""
+    number = 0
+    for path in paths:
+        with _database(path) as database, database.begin() as transaction:
+            for key, content in transaction.cursor():
+                yield number, key.decode(errors="replace"), partial(bytes, content)
+                number += 1
+
+
+def _unpacked(path: Path) -> Path:
+    """The folder of one of LSUN's databases, unpacked beside its zip if need be."""
+    if path.suffix != ".zip":
+        return path
+    folder = path.with_suffix("")
+    log.info("unpacking %s", path)
+    with (
+        replacing_folder(folder) as part,
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{folder.name}/data.mdb") as packed,
+        open(part / "data.mdb", "wb") as file,
+    ):
+        shutil.copyfileobj(packed, file, BLOCK)
+    return folder
+
+
+def _database(path: Path) -> Any:
+    """An LMDB, opened to read.
+
+    Raises:
+        StageError: If it is none, or not all of one: reading past its end would kill the process.
+    """
+    import lmdb
+
+    try:
+        database = lmdb.open(str(path), readonly=True, lock=False)
+    except lmdb.Error as error:
+        raise StageError(f"{path} is no LMDB: {error}; expected a folder with data.mdb") from error
+    least = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    size = (path / "data.mdb").stat().st_size
+    if size < least:
+        raise StageError(f"{path}/data.mdb has {size:,} bytes, expected {least:,}: unpack or copy it anew")
+    return database
+
+
+def _ffhq(data: Data) -> _Set:
+    (root,) = _sources.fetch(data)
+    if (root / "data.mdb").is_file():
+        files, n = _ffhq_records(root)
+    else:
+        paths = _listed(root)
+        files, n = _folder_files(root, paths), len(paths)
+    _expect_number(root, data.name, n)
+    order = list(range(n))
+    np.random.RandomState(data.seed).shuffle(order)  # as the official code: numpy's old generator, seed 2019
+    cut = int(n * (1 - data.test_fraction))
+    splits = {"train": np.sort(order[:cut]).astype(np.intp), "test": np.sort(order[cut:]).astype(np.intp)}
+    source = {
+        "from": _sources.FFHQ,
+        "reference": "Karras, Laine & Aila (2019), A Style-Based Generator Architecture for GANs, arXiv:1812.04948",
+        "split": _how_drawn(data),
+        "pictures": n,
+    }
+    return _of_files(data, str(root), splits, files, source, least=SIDES[data.name])
+
+
+def _ffhq_records(root: Path) -> tuple[Iterator[File], int]:
+    """The pictures of an LMDB: all but the record "length"; if some have keys such as 256-00000, those."""
+    with _database(root) as database, database.begin() as transaction:
+        keys = [key for key in transaction.cursor().iternext(values=False) if key != b"length"]
+    keys = [key for key in keys if key.startswith(b"256-")] or keys
+
+    def files() -> Iterator[File]:
+        with _database(root) as database, database.begin() as transaction:
+            for number, key in enumerate(keys):
+                yield number, key.decode(errors="replace"), partial(transaction.get, key)
+
+    return files(), len(keys)
+
+
+def _of_files(
+    data: Data,
+    where: str,
+    splits: dict[str, Rows],
+    files: Iterator[File],
+    source: dict[str, Any],
+    least: int = 1,
+) -> _Set:
+    """A set of RGB pictures of a published side, SIDES."""
+    side = SIDES[data.name]
+    _expect_own_shape(data, 3, side)
+    decode = partial(_decode, resolution=side, channels=3, crop=data.crop, least=least)
+    return _Set(where, (3, side, side), splits, _decoded(files, decode), source)
+
+
+def _named(data: Data, root: Path) -> str:
+    return str(root) if data.root or root == _sources.DEBIAN_FASHION_MNIST else _sources.PUBLISHED[data.name][0].urls[0]
+
+
+def _expect_number(path: Path, name: str, n: int) -> None:
+    if n != PICTURES[name]:
+        log.warning("%s holds %s pictures, the published one %s", path, f"{n:,}", f"{PICTURES[name]:,}")
+
+
 def _image_folder(data: Data) -> _Set:
     if data.resolution is None or data.channels is None:
         key, allowed = ("resolution", "a whole number >= 2") if data.resolution is None else ("channels", "1 or 3")
         raise ParamsError(f"data.{key}=null: expected {allowed}, since a folder of images has none of its own")
-    root = Path(data.root or "").expanduser()
-    if data.root is None or not root.exists():
-        raise StageError(
-            f"data.root={data.root} does not exist: expected a folder or a .tar, .tar.gz or .tgz of images"
-        )
-    log.info("listing the images in %s", root)
-    paths = sorted({path for path, _ in _image_files(root)})
-    if not paths:
-        raise StageError(f"{root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
+    (root,) = _sources.fetch(data)
+    paths = _listed(root)
     sides, names = _layout(paths)
-    images, errors = _decode_all(root, paths, data.resolution, data.channels, data.crop)
-    if len(errors) > UNREADABLE_SHARE * len(paths):
-        first = "; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3])
-        raise StageError(
-            f"{root}: {len(errors)} of {len(paths)} images cannot be read, more than {UNREADABLE_SHARE:.0%}; "
-            f"the first: {first}. Repair or remove them"
-        )
-    rows = np.flatnonzero([path not in errors for path in paths])
     classes, labels = None, None
     if names is not None:
         kinds, inverse = np.unique(names, return_inverse=True)
         classes, labels = kinds.tolist(), inverse.astype(np.int64)
     if sides is None:
-        groups = np.zeros(len(rows), np.int64) if labels is None else labels[rows]
-        drawn = _draw_split(groups, data.test_fraction, data.seed)
-        splits = {split: rows[index] for split, index in drawn.items()}
+        groups = np.zeros(len(paths), np.int64) if labels is None else labels
+        splits = _draw_split(groups, data.test_fraction, data.seed)
     else:
-        splits = {split: rows[np.asarray(sides)[rows] == split] for split in SPLITS}
-    if not all(index.size for index in splits.values()):
-        raise StageError(
-            f"{root}: {len(rows)} readable images give {splits['train'].size} to train on and "
-            f"{splits['test'].size} to test with: expected at least one of each, and two of some class"
-        )
+        splits = {split: np.flatnonzero(np.asarray(sides) == split) for split in SPLITS}
     source = {
         "from": str(root),
         "split": _how_drawn(data) if sides is None else "by the folders train and test",
         "files": len(paths),
     }
-    unreadable = [{"path": path, "error": error} for path, error in errors.items()]
-    return _Set(images, splits, source, labels, classes, unreadable)
+    decode = partial(_decode, resolution=data.resolution, channels=data.channels, crop=data.crop)
+    images = _decoded(_folder_files(root, paths), decode)
+    shape = (data.channels, data.resolution, data.resolution)
+    return _Set(str(root), shape, splits, images, source, labels, classes)
+
+
+def _listed(root: Path) -> list[str]:
+    """The sorted paths of the images in a folder or archive; raises StageError if there are none."""
+    log.info("listing the images in %s", root)
+    paths = sorted({path for path, _ in _image_files(root)})
+    if not paths:
+        raise StageError(f"{root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
+    return paths
+
+
+def _folder_files(root: Path, paths: list[str]) -> Iterator[File]:
+    """The images of a folder or archive, as they are stored, numbered by `paths`."""
+    numbers = {path: number for number, path in enumerate(paths)}
+    seen = np.zeros(len(paths), np.bool_)
+    for path, read in _image_files(root):
+        number = numbers.get(path)
+        if number is not None:
+            seen[number] = True
+            yield number, path, read
+    for missing in np.flatnonzero(~seen).tolist():
+        yield missing, paths[missing], _gone
+
+
+def _gone() -> bytes:
+    raise FileNotFoundError("gone between listing and reading")
 
 
 def _image_files(root: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -388,39 +658,53 @@ def _layout(paths: list[str]) -> tuple[list[str] | None, list[str] | None]:
     return sides, labels if len(labels) == len(paths) and len(set(labels)) > 1 else None
 
 
-def _decode_all(
-    root: Path, paths: list[str], resolution: int, channels: int, crop: int | None
-) -> tuple[Images, dict[str, str]]:
-    """Decode the images into one array, row i from paths[i]; also the error of each file that cannot be, by path."""
-    rows = {path: row for row, path in enumerate(paths)}
-    images = np.zeros((len(paths), channels, resolution, resolution), np.uint8)
-    errors = dict.fromkeys(paths, "gone between listing and reading")
-    for path, read in tqdm(_image_files(root), "images", len(paths), unit="", disable=None):
-        row = rows[path]
-        try:
-            images[row] = _decode(read(), resolution, channels, crop)
-        except BROKEN as error:
-            errors[path] = f"{type(error).__name__}: {error}"
-        else:
-            errors.pop(path, None)  # an archive may hold a path twice: the last one counts
-    return images, errors
+def _decoded(files: Iterator[File], decode: Callable[[bytes], Images]) -> Iterator[Numbered]:
+    """Decode pictures on all processors; they are read here, one after the other, and come in that order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and scales without Python's lock
+        waiting: deque[tuple[int, Future[Images | Unreadable]]] = deque()
+        for number, path, read in files:
+            waiting.append((number, pool.submit(_readable, path, _content(read), decode)))
+            if len(waiting) > PENDING:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for number, future in waiting:
+            yield number, future.result()
 
 
-def _decode(content: bytes, resolution: int, channels: int, crop: int | None) -> Images:
+def _content(read: Callable[[], bytes]) -> bytes | Exception:
+    try:
+        return read()
+    except BROKEN as error:
+        return error
+
+
+def _readable(path: str, content: bytes | Exception, decode: Callable[[bytes], Images]) -> Images | Unreadable:
+    try:
+        if isinstance(content, Exception):
+            raise content
+        return decode(content)
+    except BROKEN as error:
+        return Unreadable(path, f"{type(error).__name__}: {error}")
+
+
+def _decode(content: bytes, resolution: int, channels: int, crop: int | None, least: int = 1) -> Images:
     """Decode one image file, upright and on white, scale its shortest side to `resolution`, crop the centre.
+
+    Sizes and places are rounded as torchvision's Resize and CenterCrop round them, which the papers' code used.
 
     Args:
         content: The file's bytes.
         resolution: Side of the result, in pixels.
         channels: 1 (grey) or 3 (RGB).
         crop: Side of the square at the centre that is kept of the file's pixels, before scaling; None keeps all.
+        least: What the image's shortest side must have, in pixels.
 
     Returns:
         uint8, (channels, resolution, resolution).
 
     Raises:
-        ValueError: On an image smaller than the crop, on 32-bit pixels, whose range is not known, and on other content
-            than an image.
+        ValueError: On an image smaller than `least` or the crop, on 32-bit pixels, whose range is not known, and on
+            other content than an image.
         BROKEN: On a broken image.
     """
     try:
@@ -428,6 +712,8 @@ def _decode(content: bytes, resolution: int, channels: int, crop: int | None) ->
     except UnidentifiedImageError as error:  # its message holds a memory address, another one in every run
         raise ValueError(f"{len(content)} bytes in no known image format") from error
     image: Image.Image = ImageOps.exif_transpose(file)
+    if min(image.size) < least:
+        raise ValueError(f"{image.width}x{image.height} pixels, fewer than {least}")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}: expected 8 or 16 bits per channel")
     if image.mode.startswith("I;16"):
@@ -440,8 +726,7 @@ def _decode(content: bytes, resolution: int, channels: int, crop: int | None) ->
         if min(image.size) < crop:
             raise ValueError(f"{image.width}x{image.height} pixels, fewer than data.crop={crop}")
         image = _centre(image, crop)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    width, height = (resolution * side // min(image.size) for side in image.size)
     # Pillow widens the bilinear kernel when it shrinks: antialiased
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     image = _centre(image, resolution)
@@ -449,7 +734,7 @@ def _decode(content: bytes, resolution: int, channels: int, crop: int | None) ->
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
 
 
@@ -470,7 +755,6 @@ def _patches(data: Data) -> _Set:
         for split in SPLITS
     }
     images = np.stack(patches["train"] + patches["test"]).transpose(0, 3, 1, 2)
-    _expect_own_shape(data, images)
     rows = np.arange(len(images))
     cut = len(patches["train"])
     source = {
@@ -478,7 +762,7 @@ def _patches(data: Data) -> _Set:
         "split": f"by region: the right of each photograph for test, test_fraction {data.test_fraction:g}",
         "photographs": list(PHOTOGRAPHS),
     }
-    return _Set(images, {"train": rows[:cut], "test": rows[cut:]}, source)
+    return _of_array(data, images, {"train": rows[:cut], "test": rows[cut:]}, source)
 
 
 def _patch_corners(height: int, width: int, side: int, test_fraction: float) -> dict[str, list[tuple[int, int]]]:
@@ -510,9 +794,9 @@ def _expect_no_root(data: Data) -> None:
         )
 
 
-def _expect_own_shape(data: Data, images: Images) -> None:
+def _expect_own_shape(data: Data, channels: int, side: int) -> None:
     takers = {"resolution": "image_folder and patches take a resolution", "channels": "image_folder takes channels"}
-    for key, own in (("resolution", images.shape[2]), ("channels", images.shape[1])):
+    for key, own in (("resolution", side), ("channels", channels)):
         value = getattr(data, key)
         if value not in (None, own):
             raise ParamsError(f"data.{key}={value}: expected {own} or null with data={data.name}; only {takers[key]}")
@@ -542,31 +826,112 @@ def _how_drawn(data: Data) -> str:
     return f"drawn with seed {data.seed}, test_fraction {data.test_fraction:g}"
 
 
-def _write_split(folder: Path, split: str, found: _Set) -> dict[str, Any]:
-    """Write the arrays of one split and return its entry in the manifest."""
-    rows = found.splits[split]
-    entry: dict[str, Any] = {
-        "n": len(rows),
-        "sha256": _save_rows(folder / f"{split}.npy", found.images, rows),
-        "labels_sha256": None,
-        "per_class": None,
-    }
+def _write_images(folder: Path, found: _Set) -> tuple[dict[str, Rows], dict[str, str], list[Unreadable]]:
+    """Write train.npy and test.npy.
+
+    Returns:
+        The numbers of the images in each, in their order; the SHA-256 of each array; what could not be read.
+
+    Raises:
+        StageError: If more than UNREADABLE_SHARE cannot be read, or no image is left for a split.
+    """
+    n = 1 + max(int(rows.max(initial=-1)) for rows in found.splits.values())
+    total = sum(len(rows) for rows in found.splits.values())
+    side, place = np.full(n, -1, np.int8), np.zeros(n, np.int64)
+    for index, split in enumerate(SPLITS):
+        side[found.splits[split]] = index
+        place[found.splits[split]] = np.arange(len(found.splits[split]))
+    errors: dict[int, Unreadable] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{split}.npy", "w+b")) for split in SPLITS]
+        arrays = [
+            _Array(file, len(found.splits[split]), found.shape) for file, split in zip(files, SPLITS, strict=True)
+        ]
+        for number, image in tqdm(found.images, "images", total, unit="", disable=None):
+            if isinstance(image, Unreadable):
+                errors[number] = image
+                arrays[side[number]].drop(place[number])
+            else:
+                errors.pop(number, None)  # an archive may hold a path twice: the last one counts
+                arrays[side[number]].write(place[number], image)
+        unreadable = [errors[number] for number in sorted(errors)]
+        kept = {split: found.splits[split][array.written] for split, array in zip(SPLITS, arrays, strict=True)}
+        _expect_enough(found.where, total, unreadable, kept)
+        return kept, {split: array.finish() for split, array in zip(SPLITS, arrays, strict=True)}, unreadable
+
+
+def _expect_enough(where: str, total: int, unreadable: list[Unreadable], kept: dict[str, Rows]) -> None:
+    if len(unreadable) > UNREADABLE_SHARE * total:
+        first = "; ".join(f"{each.path}: {each.error}" for each in unreadable[:3])
+        raise StageError(
+            f"{where}: {len(unreadable)} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}; "
+            f"the first: {first}. Repair or remove them"
+        )
+    if not all(len(rows) for rows in kept.values()):
+        raise StageError(
+            f"{where}: {total - len(unreadable)} readable images give {len(kept['train'])} to train on and "
+            f"{len(kept['test'])} to test with: expected at least one of each, and two of some class"
+        )
+
+
+class _Array:
+    """An .npy file of images that are written in any order, without holding them; rows left out are closed up.
+
+    Args:
+        file: Empty, open to read and write.
+        n: How many images there are at most.
+        shape: (C, H, W).
+    """
+
+    def __init__(self, file: IO[bytes], n: int, shape: tuple[int, int, int]) -> None:
+        self.file, self.shape, self.stride = file, shape, int(np.prod(shape))
+        self.written = np.zeros(n, np.bool_)
+        self._header(n)
+        self.start = file.tell()
+
+    def write(self, row: int, image: Images) -> None:
+        self.file.seek(self.start + int(row) * self.stride)
+        self.file.write(image.tobytes())
+        self.written[row] = True
+
+    def drop(self, row: int) -> None:
+        self.written[row] = False
+
+    def finish(self) -> str:
+        """Move the rows that were written together; the SHA-256 of the array's bytes."""
+        digest = hashlib.sha256()
+        rows = np.flatnonzero(self.written)
+        step = max(1, BLOCK // self.stride)
+        for first in range(0, len(rows), step):
+            block = rows[first : first + step]
+            self.file.seek(self.start + int(block[0]) * self.stride)
+            span = self.file.read(int(block[-1] + 1 - block[0]) * self.stride)
+            content = np.frombuffer(span, np.uint8).reshape(-1, self.stride)[block - block[0]]
+            if block[-1] >= first + len(block):
+                self.file.seek(self.start + first * self.stride)
+                self.file.write(content.tobytes())
+            digest.update(content.data)
+        self.file.truncate(self.start + len(rows) * self.stride)
+        self._header(len(rows))
+        return digest.hexdigest()
+
+    def _header(self, n: int) -> None:
+        """Write the head of the file, whose length does not depend on n: numpy leaves room for it to grow."""
+        self.file.seek(0)
+        kind = {"descr": "|u1", "fortran_order": False, "shape": (n, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, kind)
+
+
+def _entry(folder: Path, split: str, kept: Rows, digest: str, found: _Set) -> dict[str, Any]:
+    """Write the labels of one split; what the manifest says of it."""
+    entry: dict[str, Any] = {"n": len(kept), "sha256": digest, "labels_sha256": None, "per_class": None}
     if found.labels is not None and found.classes is not None:
-        entry["labels_sha256"] = _save_rows(folder / f"{split}_labels.npy", found.labels, rows)
-        counts = np.bincount(found.labels[rows], minlength=len(found.classes))
+        labels = found.labels[kept]
+        np.save(folder / f"{split}_labels.npy", labels)
+        entry["labels_sha256"] = hashlib.sha256(labels.tobytes()).hexdigest()
+        counts = np.bincount(labels, minlength=len(found.classes))
         entry["per_class"] = dict(zip(found.classes, counts.tolist(), strict=True))
     return entry
-
-
-def _save_rows(path: Path, array: NDArray[Any], rows: Rows) -> str:
-    """Write array[rows] as .npy, a block at a time to hold no second copy; returns the SHA-256 of the array's bytes."""
-    digest = hashlib.sha256()
-    saved = np.lib.format.open_memmap(path, "w+", array.dtype, (len(rows), *array.shape[1:]))
-    for start in range(0, len(rows), 4096):
-        block = np.ascontiguousarray(array[rows[start : start + 4096]])
-        saved[start : start + 4096] = block
-        digest.update(block.data)
-    return digest.hexdigest()
 
 
 def _examples(images: Images, side: int = 10, width: int = 400) -> Image.Image:
