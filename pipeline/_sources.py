@@ -43,7 +43,7 @@ class Source:
     strict: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.size / 1e6:,.1f} MB, {self.digest})"
+        return f"{self.name} ({self.size:,} bytes, {self.digest})"
 
 
 def _idx(mirrors: tuple[str, ...], *files: tuple[str, int, str]) -> tuple[Source, ...]:
@@ -171,7 +171,8 @@ def fetch(data: Data) -> list[Path]:
                 for later in sources[number + 1 :]
                 if not (_present(later, at, own) or (at / later.name).exists())
             ]
-            raise StageError("; also missing there: ".join((str(error), *missing))) from error
+            beside = f"; also missing there: {', '.join(missing)}" if missing else ""
+            raise StageError(f"{error}{beside}") from error
     return paths
 
 
@@ -227,8 +228,8 @@ def _by_hand(data: Data) -> list[Path]:
         root = folder(data)
         if not root.exists():
             raise StageError(
-                f"{root.absolute()} does not exist: put FFHQ's 70,000 pictures there, 256x256 or larger, as a folder of "
-                f"images or an LMDB, or name their place with data.root=...; people get them from {FFHQ}, programs do not"
+                f"{root.absolute()} does not exist: put FFHQ's 70,000 pictures there, 256x256 or larger, in a folder "
+                f"or an LMDB, or name their place with data.root=...; they are to be had by hand, from {FFHQ}"
             )
         return [root]
     return []

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from pipeline import prepare
+from pipeline import _sources, prepare
 from pipeline._params import Params, ParamsError
 from pipeline._stage import StageError
 
+FASHION_MNIST = _sources.PUBLISHED["fashion_mnist"]
 Compose = Callable[..., Params]
 pytestmark = pytest.mark.usefixtures("workdir")
 
@@ -266,12 +267,18 @@ def test_broken_gzip(prepared: Prepared, workdir: Path) -> None:
         prepared("fashion_mnist", root=str(workdir))
 
 
-def test_missing_fashion_mnist_names_path_and_fix(prepared: Prepared, workdir: Path) -> None:
-    fix = r"`apt-get install dataset-fashion-mnist` or give its folder as data\.root="
-    with pytest.raises(StageError, match=rf"data\.root=/no/such: no such folder; .*{fix}"):
-        prepared("fashion_mnist", root="/no/such")
-    with pytest.raises(StageError, match=rf"{workdir}/train-images-idx3-ubyte does not exist, nor .*\.gz.*{fix}"):
+def test_missing_fashion_mnist_names_path_and_fix(
+    prepared: Prepared, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tuple(replace(each, urls=(f"http://no-such-host.invalid/{each.name}",)) for each in FASHION_MNIST)
+    monkeypatch.setitem(_sources.PUBLISHED, "fashion_mnist", files)
+    with pytest.raises(StageError) as caught:
         prepared("fashion_mnist", root=str(workdir))
+    assert f"at {workdir}/train-images-idx3-ubyte.gz, `apt-get install dataset-fashion-mnist`, or name the" in str(
+        caught.value
+    )
+    with pytest.raises(StageError, match=r"data\.root=/no/such does not exist: expected the folder that holds"):
+        prepared("fashion_mnist", root="/no/such")
 
 
 def test_fashion_mnist_keeps_its_own_size(prepared: Prepared, workdir: Path) -> None:
