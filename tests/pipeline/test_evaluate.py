@@ -282,7 +282,7 @@ def test_an_extractor_that_cannot_be_had_is_an_error(workdir: Path) -> None:
     with pytest.raises(StageError, match=r"evaluate.extractor='classifier': the data set has no labels"):
         evaluate.choose_extractor(Evaluate("classifier", None, 0))
     place = workdir / "torch/hub/checkpoints" / _extractors.INCEPTION_FILE
-    with pytest.raises(StageError, match=f"the Inception weights {place} do not exist: put https://.* there, or name"):
+    with pytest.raises(StageError, match=f"the Inception weights {place} do not exist: get them with .*, put https://.* there, or name"):
         evaluate.choose_extractor(Evaluate("inception-v3-compat", None, 0))
     # A file that somebody named and that is not there is an error even where auto would do without.
     with pytest.raises(StageError, match=f"the Inception weights {workdir / 'mine.pth'} do not exist"):
