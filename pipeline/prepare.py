@@ -91,6 +91,7 @@ CIFAR10_BATCHES = {  # MD5 of the files inside the archive: they are pickles, an
 }
 CELEBA_SPLITS = {"0": "train", "2": "test"}  # 1 is the validation set, which the official code leaves out, too
 SIDES = {
+    "cifar10": 32,
     "celeba32": 32,
     "celeba64": 64,
     "lsun_church96": 96,
@@ -211,6 +212,8 @@ def main(params: Params) -> None:
         "ffhq256": _ffhq,
         "image_folder": _image_folder,
     }
+    if data.name in SIDES:
+        _expect_own_shape(data, 3, SIDES[data.name])  # before hours of downloading
     found = build.get(data.name, _lsun)(data)
     channels, height, width = found.shape
     with replacing_folder(OUT) as part:
@@ -265,8 +268,7 @@ def _of_array(
     """The set of an array (N, C, H, W)."""
     _, channels, height, width = images.shape
     _expect_own_shape(data, channels, height)
-    pairs = ((number, image) for number, image in enumerate(images))
-    return _Set(source["from"], (channels, height, width), splits, pairs, source, labels, classes)
+    return _Set(source["from"], (channels, height, width), splits, enumerate(images), source, labels, classes)
 
 
 def _idx_set(data: Data, classes: list[str], reference: str) -> _Set:
@@ -512,7 +514,6 @@ def _of_files(
 ) -> _Set:
     """A set of RGB pictures of a published side, SIDES."""
     side = SIDES[data.name]
-    _expect_own_shape(data, 3, side)
     decode = partial(_decode, resolution=side, channels=3, crop=data.crop, least=least)
     return _Set(where, (3, side, side), splits, _decoded(files, decode), source)
 

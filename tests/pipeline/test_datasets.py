@@ -229,11 +229,13 @@ def test_a_truncated_archive_is_fetched_again(
             r"data\.resolution=64: expected 32 or null with data=celeba32; only image_folder",
         ),
         ("celeba64", {"channels": 1}, r"data\.channels=1: expected 3 or null with data=celeba64"),
+        ("cifar10", {"resolution": 64}, r"data\.resolution=64: expected 32 or null with data=cifar10"),
     ],
 )
-def test_published_sets_keep_their_size(
-    run: Run, celeba: dict[str, bytes], name: str, changes: dict[str, Any], message: str
+def test_published_sets_keep_their_size_which_is_said_before_the_download(
+    run: Run, name: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_sources, "download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(ParamsError, match=message):
         run(name, **changes)
 
@@ -445,3 +447,32 @@ def test_memory_does_not_grow_with_the_set(workdir: Path) -> None:
     assert images.nbytes > 200e6
     assert (images[[0, -1]].mean((0, 2, 3)).round() == [10, 20, 30]).all()
     assert int(done.stdout) * 1024 < 64e6
+
+
+# Real colour pictures
+
+
+ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.gz"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("NCSN_SLOW") != "1", reason="takes minutes: NCSN_SLOW=1 runs it")
+@pytest.mark.skipif(
+    not ARCHIVE.is_file(), reason=f"needs ../{ARCHIVE.relative_to(ROOT.parent)}, CIFAR-10 as JPEG files"
+)
+def test_ncsnv2_learns_from_cifar10(compose_params: Compose, workdir: Path) -> None:
+    """CIFAR-10 (JPEG), all 60,000 pictures."""
+    params = compose_params(
+        "experiment=ncsnv2_cifar10", "data=image_folder", f"data.root={ARCHIVE}", "data.resolution=32"
+    )
+    prepare.main(params)
+    manifest = prepare.manifest()
+    assert manifest["shape"] == [3, 32, 32]
+    assert manifest["unreadable"] == []
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert manifest["classes"] == names
+    for split, n in (("train", 5000), ("test", 1000)):
+        assert manifest["splits"][split]["per_class"] == dict.fromkeys(names, n)
+        images, labels = prepare.load(split)
+        assert labels is not None
+        assert len(images) == len(labels) == 10 * n
