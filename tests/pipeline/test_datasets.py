@@ -18,11 +18,13 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipeline import _sources, prepare
+from pipeline import _datasets, _imagefiles, _ray, _sources, prepare, schedule, train
 from pipeline._params import Params, ParamsError
 from pipeline._stage import StageError
+from pipeline._store import store
 from tests.pipeline.server import Server, serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,10 +90,10 @@ def test_scaling_and_cropping_are_torchvisions(side: int) -> None:
     rng = np.random.default_rng(0)
     for width, height in [(8, 8), (9, 8), (31, 64), (47, 33), (33, 47), (100, 31), (178, 218), (63, 255)]:
         content = picture(rng, width, height)
-        found = prepare._decode(content, side, 3, None)
+        found = _imagefiles.decode(content, side, 3, None)
         assert (found == official(content, Resize(side), CenterCrop(side))).all(), (width, height)
         if min(width, height) >= 30:
-            found = prepare._decode(content, side, 3, 29)
+            found = _imagefiles.decode(content, side, 3, 29)
             assert (found == official(content, CenterCrop(29), Resize(side))).all(), (width, height)
 
 
@@ -131,7 +133,7 @@ def test_mnist_is_downloaded_once(
 
 
 def batches(rng: np.random.Generator) -> dict[str, Any]:
-    names = [name for name in prepare.CIFAR10_BATCHES if name != "batches.meta"]
+    names = [name for name in _datasets.CIFAR10_BATCHES if name != "batches.meta"]
     found: dict[str, Any] = {
         name: {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": rng.integers(0, 10, 4).tolist()}
         for name in names
@@ -154,7 +156,7 @@ def cifar10(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, 
     """Batches of four images, published; the pickles' content, and the pickles."""
     content = batches(np.random.default_rng(0))
     files = {name: pickle.dumps(each, protocol=2) for name, each in content.items()}
-    monkeypatch.setattr(prepare, "CIFAR10_BATCHES", {name: md5(each).hexdigest() for name, each in files.items()})
+    monkeypatch.setattr(_datasets, "CIFAR10_BATCHES", {name: md5(each).hexdigest() for name, each in files.items()})
     publish(monkeypatch, "cifar10", server, packed(files))
     return content, files
 
@@ -461,9 +463,21 @@ ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.gz"
     not ARCHIVE.is_file(), reason=f"needs ../{ARCHIVE.relative_to(ROOT.parent)}, CIFAR-10 as JPEG files"
 )
 def test_ncsnv2_learns_from_cifar10(compose_params: Compose, workdir: Path) -> None:
-    """CIFAR-10 (JPEG), all 60,000 pictures."""
+    """CIFAR-10 (JPEG), all 60,000 pictures; a narrow network on few levels for a few steps, loss D / 2 for score 0."""
     params = compose_params(
-        "experiment=ncsnv2_cifar10", "data=image_folder", f"data.root={ARCHIVE}", "data.resolution=32"
+        "experiment=ncsnv2_cifar10",
+        "data=image_folder",
+        f"data.root={ARCHIVE}",
+        "data.resolution=32",
+        "model.width=16",
+        "noise.L=20",
+        "noise.steps_per_level=1",
+        "train.steps=40",
+        "train.batch_size=16",
+        "train.learning_rate=1e-3",
+        "train.log_every=10",
+        "train.save_every=40",
+        "train.preview_every=40",
     )
     prepare.main(params)
     manifest = prepare.manifest()
@@ -476,3 +490,16 @@ def test_ncsnv2_learns_from_cifar10(compose_params: Compose, workdir: Path) -> N
         images, labels = prepare.load(split)
         assert labels is not None
         assert len(images) == len(labels) == 10 * n
+
+    levels = schedule.choose(params.noise, torch.from_numpy(np.array(prepare.load("train")[0][:100])) / 255)
+    folder = store(str(workdir / "runs")) / "run"
+    train.claim(folder, {})
+    held_out = np.array(prepare.load("test")[0][:20])
+    data = _ray.Shared(path=prepare.OUT.absolute() / "train.npy")
+    job = train.Job(params, data, held_out, (3, 32, 32), levels, folder)
+    train.fit(job, _ray.World())
+    losses = train.start(job, _ray.World())[1][:, 1]
+    assert len(losses) == 4
+    assert losses.isfinite().all()
+    assert losses[-1] < losses[0]
+    assert losses[-1] < 3 * 32 * 32 / 2
