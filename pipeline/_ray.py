@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from pipeline import _params
+from pipeline._mailbox import Mailbox
 from pipeline._stage import StageError, StopSignals, log
 from pipeline._store import Bucket, Folder, store
 
@@ -218,40 +219,12 @@ def train(
     signals.stop()
 
 
-class _Mailbox:
-    """What the workers tell the driver, and the driver them; an actor on the driver's node."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[Any, ...]] = []
-        self.stop = False
-        self.error: Exception | None = None
-
-    def put(self, *message: Any) -> None:
-        self.messages.append(message)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        taken, self.messages = self.messages, []
-        return taken
-
-    def ask_to_stop(self) -> None:
-        self.stop = True
-
-    def asked_to_stop(self) -> bool:
-        return self.stop
-
-    def fail(self, error: Exception) -> None:
-        self.error = self.error or error
-
-    def failed(self) -> Exception | None:
-        return self.error
-
-
 class _Post:
     """The driver's end of the mailbox, while training runs: hears messages in a thread, passes signals on."""
 
     def __init__(self, hear: Callable[..., None], signals: StopSignals) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         self.hear, self.signals = hear, signals
         self.error: Exception | None = None
         self.told = False

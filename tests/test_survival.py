@@ -204,7 +204,12 @@ def _cluster():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's workers have a niceness of 15 by default, which starves them beside other work
+    variables = environment() | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
     ray = str(Path(sys.executable).parent / "ray")
     nodes = []
 
