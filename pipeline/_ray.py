@@ -181,6 +181,9 @@ def train(
         raise StageError(
             f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
         )
+    if not isinstance(workers, int):
+        # What a lost node held is asked for once more; after this time the range's lower end has to do.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     with _Post(hear, signals) as post:
         trainer = TorchTrainer(
             _train_worker,
