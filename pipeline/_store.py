@@ -318,7 +318,7 @@ def _diagnosis(error: Exception) -> tuple[str | None, str | None]:
     if isinstance(error, exceptions.ClientError):
         code = str(error.response["Error"]["Code"])
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if code in PASSING or status >= 500 or status == 429:
+        if code in PASSING or status == 429 or (status >= 500 and status != 501):
             return f"the server answers {code} ({status})", None
         if code == "NoSuchBucket":
             return "there is no such bucket", "make it, or set runtime.storage"
