@@ -101,9 +101,15 @@ class Folder:
         path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise StageError, with the fix, unless objects can be written, read and removed here."""
+        """Raise StageError, with the fix, unless objects can be written, read and removed here.
+
+        Removes what writers that were killed have left, a day old or older.
+        """
         try:
             _probe(self)
+            for part in list(Path(self.uri).rglob(".*.part")):
+                if part.is_file() and time.time() - part.stat().st_mtime > 24 * 3600:
+                    part.unlink()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "make room there" if full else "make it a folder that can be written"

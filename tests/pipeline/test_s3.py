@@ -1,5 +1,6 @@
 """Storage on S3: against moto in this process for faults, against a real server for what only a real one does."""
 
+import dataclasses
 import io
 import logging
 import os
@@ -17,7 +18,7 @@ import urllib3
 from botocore.awsrequest import AWSResponse
 from moto.server import ThreadedMotoServer
 
-from pipeline import _store, s3
+from pipeline import _store, _track, s3
 from pipeline._stage import StageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -299,3 +300,68 @@ def test_a_full_disk_of_the_server_spoils_nothing(small_disk, monkeypatch):
         assert k >= 1
         assert where.read("state") == bytes([k - 1]) * (4 << 20)
         assert where.names() == ["state"]
+
+
+def test_artifacts_of_a_local_database_go_to_the_storage(on_s3, workdir, params, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runtime = dataclasses.replace(params.runtime, storage=f"s3://{s3.BUCKET}/tracked/")
+    (workdir / "file.txt").write_text("text")
+    with _track.run(dataclasses.replace(params, runtime=runtime)) as run:
+        run.artifact(workdir / "file.txt", "sub")
+    (name,) = _store.store(f"s3://{s3.BUCKET}/tracked/mlflow").names()
+    assert name.endswith("/artifacts/sub/file.txt")
+
+
+def test_one_machine_serves_dvc_and_mlflow(workdir, monkeypatch):
+    """python -m pipeline.s3: DVC pushes and pulls, artifacts go through MLflow, nothing is left when it is stopped."""
+    port, mlflow_port = s3.free_ports(2)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+    def shell(script):
+        done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shell(
+        "git init -q; dvc init -q; mkdir data; echo 1 > data/a; dvc add -q data; git check-ignore -q .dvc/config.local"
+    )
+    command = [sys.executable, "-m", "pipeline.s3", "--port", str(port), "--mlflow-port", str(mlflow_port)]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in serving.stdout:
+            said.append(line)
+            if line.startswith("Ctrl-C"):
+                break
+        assert "dvc exp run -S runtime.storage=s3://ncsn/runs" in "".join(said)
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.stderr == f"error: port {port} is taken: is this running already? Else choose another by --port\n"
+        where = shell(
+            """. s3data/env
+            dvc push -q; rm -r .dvc/cache data; dvc pull -q; cat data/a
+            python - <<END
+import mlflow
+with mlflow.start_run() as run:
+    mlflow.log_text("text", "sub/file+1.txt")
+print(run.info.artifact_uri, mlflow.artifacts.load_text(run.info.artifact_uri + "/sub/file+1.txt"))
+END
+            env | grep ^AWS_"""
+        )
+        assert where.startswith("1\n")
+        assert "mlflow-artifacts:/" in where
+        assert " text\n" in where
+        for line in where.splitlines():
+            if line.startswith("AWS_"):
+                monkeypatch.setenv(*line.split("=", 1))
+        names = _store.store(f"s3://{s3.BUCKET}").names()
+        assert sum(name.startswith("dvc/files/md5/") for name in names) == 2
+        assert sum(name.startswith("mlflow/") and name.endswith("/sub/file+1.txt") for name in names) == 1
+    finally:
+        serving.send_signal(signal.SIGINT)
+        assert serving.wait(60) == 0
+    assert s3.ObjectStore(Path("s3data"), port).client["AWS_SECRET_ACCESS_KEY"] == os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert Path("s3data").stat().st_mode & 0o077 == 0
+    for number in (port, mlflow_port):
+        with socket.create_server(("127.0.0.1", number)):
+            pass

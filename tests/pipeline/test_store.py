@@ -1,6 +1,8 @@
 """Files are whole or absent."""
 
 import errno
+import os
+import time
 
 import pytest
 
@@ -57,6 +59,16 @@ def test_half_written_objects_are_not_named(tmp_path):
     (tmp_path / ".c.1.part").mkdir()
     (tmp_path / ".c.1.part" / "d").write_bytes(b"")
     assert where.names() == ["a/b"]
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):
+    for name, hours in ((".old.1.part", 25), (".new.1.part", 1), ("old", 25)):
+        path = tmp_path / "step" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    _store.store(str(tmp_path)).check()
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [".new.1.part", "old"]
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):
