@@ -101,9 +101,15 @@ class Folder:
         path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise StageError, with the fix, unless objects can be written, read and removed here."""
+        """Raise StageError, with the fix, unless objects can be written, read and removed here.
+
+        Removes what writers that were killed have left, a day old or older.
+        """
         try:
             _probe(self)
+            for part in list(Path(self.uri).rglob(".*.part")):
+                if part.is_file() and time.time() - part.stat().st_mtime > 24 * 3600:
+                    part.unlink()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "make room there" if full else "make it a folder that can be written"
@@ -318,7 +324,7 @@ def _diagnosis(error: Exception) -> tuple[str | None, str | None]:
     if isinstance(error, exceptions.ClientError):
         code = str(error.response["Error"]["Code"])
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if code in PASSING or status >= 500 or status == 429:
+        if code in PASSING or status == 429 or (status >= 500 and status != 501):
             return f"the server answers {code} ({status})", None
         if code == "NoSuchBucket":
             return "there is no such bucket", "make it, or set runtime.storage"

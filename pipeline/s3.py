@@ -88,12 +88,14 @@ class Service:
 class ObjectStore(Service):
     """SeaweedFS with one bucket, on this machine alone; keys, ports and data stay in the folder.
 
-    `endpoint` is its URL, `client` the variables with which all S3 clients find it and are let in.
+    `endpoint` is its URL, `client` the variables with which all S3 clients find it and are let in. With `fsync` what it
+    acknowledges is on the disk; without it survives a crash of the server, not one of the machine.
     """
 
     name = "SeaweedFS"
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
+    def __init__(self, folder: Path, port: int | None = None, fsync: bool = True) -> None:
+        self.fsync = fsync
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -121,6 +123,8 @@ class ObjectStore(Service):
 
     def start(self, timeout: float = 120) -> None:
         super().start(timeout)
+        if not self.fsync:
+            return
         configure = f"fs.configure -locationPrefix=/buckets/{BUCKET}/ -fsync -apply\nexit\n"
         done = subprocess.run(self.shell, input=configure, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
