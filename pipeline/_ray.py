@@ -190,7 +190,6 @@ def train(
             train_loop_config={
                 "fn": fn,
                 "job": job,
-                "cores": max(1, _cores() // most(workers)),
                 "side_by_side": not runtime.compile,
                 "mailbox": post.mailbox,
                 # not in Ray's runtime environment, which its dashboard shows
@@ -331,9 +330,10 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     if ray.get(mailbox.failed.remote()) is not None:
         return  # an error that another try would meet again: the driver raises it
+    cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
     alone = size == 1 and device.type == "cpu" and config["side_by_side"]
-    threads = min(config["cores"], MOST_THREADS) if alone else 1
-    torch.set_num_threads(config["cores"] // threads)
+    threads = min(cores, MOST_THREADS) if alone else 1
+    torch.set_num_threads(cores // threads)
     host = torch.distributed.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     if rank == 0:
         mailbox.put.remote(BEGUN)

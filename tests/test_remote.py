@@ -1,13 +1,18 @@
 """Training on nodes that share no file system, with an S3 server that goes away in between."""
 
 import os
+import pickle
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline import s3
+from pipeline import _params, _ray, s3
+from pipeline._store import Bucket
+from pipeline.compose import compose
 from tests.clones import ROOT
 from tests.stages import Cluster, Stage, alone, digits, losses
 
@@ -77,3 +82,31 @@ def test_wrong_credentials_end_it_before_anything_starts(inside, objects):
     assert "AWS_SECRET_ACCESS_KEY" in line
     assert wrong["AWS_SECRET_ACCESS_KEY"] not in line
     assert wrong["AWS_ACCESS_KEY_ID"] not in line
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_data_too_large_for_the_object_store_is_mapped_from_a_copy_on_each_node(
+    where, objects, monkeypatch, tmp_path, caplog
+):
+    for name, value in objects.client.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setattr(_ray, "OBJECT_LIMIT", 0)
+    monkeypatch.setattr(_ray, "_local_folder", lambda name: str(tmp_path / "node" / name))
+    storage = s3.STORAGE if where == "bucket" else str(tmp_path / "shared")
+    runtime = _params.parse(compose([f"runtime.storage={storage}"])).runtime
+    x = np.random.default_rng(0).integers(0, 256, (5_000, 3, 32, 32), dtype=np.uint8)  # 15 MB: in parts
+    np.save(tmp_path / "train.npy", x)
+    handle = pickle.dumps(_ray.share(tmp_path / "train.npy", "digest", runtime))
+    _ray.share(tmp_path / "train.npy", "digest", runtime)
+    assert caplog.text.count("copying") <= 1  # there already, the second time
+    fetched = []
+    fetch = Bucket.fetch
+    monkeypatch.setattr(Bucket, "fetch", lambda self, *what: (fetched.append(what), fetch(self, *what)))
+    with ThreadPoolExecutor(4) as workers:
+        opened = list(workers.map(lambda _: pickle.loads(handle).open(), range(4)))
+    assert len(fetched) == (where == "bucket")
+    for array in opened:
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable
+        assert np.array_equal(array, x)
