@@ -110,7 +110,7 @@ def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp
         for command in (
             ["dvc", "remote", "add", "--local", "--default", "bucket", f"s3://{s3.BUCKET}/dvc"],
             ["dvc", "exp", "run", "-S", "experiment=tiny", "-S", STORAGE],
-            ["dvc", "push"],
+            ["dvc", "push", "dvc.yaml"],
         ):
             done = run(*command, cwd=folder, **variables)
             assert done.returncode == 0, done.stdout
@@ -127,6 +127,6 @@ def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp
     weights = (folder / "out" / "train" / "ema.safetensors").read_bytes()
     shutil.rmtree(folder / "out")
     shutil.rmtree(folder / ".dvc" / "cache")
-    done = run("dvc", "pull", cwd=folder, **variables)
+    done = run("dvc", "pull", "dvc.yaml", cwd=folder, **variables)
     assert done.returncode == 0, done.stdout
     assert (folder / "out" / "train" / "ema.safetensors").read_bytes() == weights
