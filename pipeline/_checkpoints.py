@@ -48,7 +48,7 @@ def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep
         place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise StageError(
-            f"checkpoint {place.uri} of {len(content):,} bytes cannot be written: {error.strerror}: make room there, or "
+            f"checkpoint {place.uri} of {len(content):,} bytes cannot be written: {error.strerror}: make room, or "
             "set runtime.storage; the earlier ones are whole"
         ) from error
     _prune(run, keep)
