@@ -30,7 +30,7 @@ def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep
     Args:
         run: Where.
         tensors: By name.
-        about: JSON; "step", and "test_loss", of which the lowest is the best.
+        about: JSON; "step", and "test_loss", of which the lowest is the best, or None.
         keep: At least 1.
 
     Raises:
@@ -95,10 +95,11 @@ def _prune(run: Store, keep: int) -> None:
     losses = {}
     for step in found:
         try:
-            losses[about(run, step)["test_loss"]] = step
+            losses[step] = about(run, step)["test_loss"]
         except StageError:
             continue  # damaged: not the best
-    kept = {*found[:keep], found[-1], losses[min(losses)]}
+    judged = [step for step, loss in losses.items() if loss is not None]
+    kept = {*found[:keep], found[-1], *sorted(judged, key=losses.__getitem__)[:1]}
     for step in set(found) - kept:
         place = run / _name(step)
         place.remove(META)  # first: what is half removed does not count

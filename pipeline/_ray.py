@@ -204,21 +204,24 @@ def train(
                 failure_config=FailureConfig(max_failures=runtime.max_failures),
             ),
         )
+        failure: Exception | None = None
         try:
             trainer.fit()
         except WorkerGroupError as error:
-            first = next(iter(error.worker_failures.values()))
-            if not isinstance(first, RayActorError):
-                raise first from error
-            told = " ".join(str(first).split())
-            raise StageError(
-                f"a worker died more than runtime.max_failures={runtime.max_failures} times: {told}"
-            ) from error
+            failure = _cause(list(error.worker_failures.values()), runtime.max_failures)
         except TrainingFailedError as error:
-            raise StageError(f"Ray Train gave up: {' '.join(str(error).split())}") from error
-    if post.error is not None:
-        raise post.error
+            failure = StageError(f"Ray Train gave up: {' '.join(str(error).split())}")
+    if ended := post.error or failure:
+        raise ended
     signals.stop()
+
+
+def _cause(failures: list[Exception], max_failures: int) -> Exception:
+    dead = [error for error in failures if isinstance(error, RayActorError)]
+    if not dead:
+        return failures[0]
+    told = " ".join(str(dead[0]).split())
+    return StageError(f"workers died more than runtime.max_failures={max_failures} times: {told}")
 
 
 class _Post:
@@ -242,12 +245,17 @@ class _Post:
         self.signals.held = False
         self.over.set()
         self.thread.join()
-        self._pass_on()
-        self.error = ray.get(self.mailbox.failed.remote())
+        if self.error is None:
+            self._pass_on()
+            self.error = ray.get(self.mailbox.failed.remote())
 
     def _listen(self) -> None:
-        while not self.over.wait(LISTEN_INTERVAL):
-            self._pass_on()
+        try:
+            while not self.over.wait(LISTEN_INTERVAL):
+                self._pass_on()
+        except Exception as error:  # for the thread that waits for the workers to raise, when they have stopped
+            self.error = error
+            self.mailbox.ask_to_stop.remote()
 
     def _pass_on(self) -> None:
         if self.signals.name is not None and not self.told:

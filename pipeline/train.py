@@ -148,18 +148,20 @@ class Ear:
             self.run.image(*what)
             return
         values, step = what
-        if kind == "metrics":
+        if kind == "at":
+            self.run.history([(at, {"train/loss": loss}) for at, loss in values], missing=True)
+            self.bar.initial = self.bar.last_print_n = step
+        else:  # "metrics"
             self.run.metrics(values, step)
-            self.bar.set_postfix(loss=f"{values['train/loss']:.4g}", refresh=False)
+            loss = values.get("train/loss", math.nan)  # where all steps were skipped there is none
+            self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             if self.bar.disable and time.monotonic() - self.said > SAID_EVERY:
                 self.said = time.monotonic()
                 log.info(
                     "step %d of %d, loss %.4g, %.0f images/s, %.2f h left",
-                    *(step, self.total, values["train/loss"]),
+                    *(step, self.total, loss),
                     *(values["train/images_per_second"], values["train/hours_left"]),
                 )
-        else:  # "at"
-            self.bar.initial = self.bar.last_print_n = step
         self.bar.update(step - self.bar.n)
 
 
@@ -225,7 +227,7 @@ def fit(job: Job, world: _ray.World) -> None:
     use_precision(p.precision)
     state, curves, window = start(job, world)
     batches, gradients, watch = Batches(job, world), Gradients(job, state, world), Watch(job, world)
-    observer = Observer(job, state, world) if world.rank == 0 else None
+    observer = Observer(job, state, curves, world) if world.rank == 0 else None
     stop = False
     while state.step < p.steps and not stop:
         x, level, *draws = batches(state.step)
@@ -409,9 +411,11 @@ class Watch:
 class Observer:
     """What worker 0 does beside training: log, draw, save; in this order, so that what is saved has its previews."""
 
-    def __init__(self, job: Job, state: TrainState, world: _ray.World) -> None:
+    def __init__(self, job: Job, state: TrainState, curves: Tensor, world: _ray.World) -> None:
         self.job, self.state, self.world = job, state, world
-        world.tell("at", {}, state.step)
+        # what a driver did not live to hear
+        told = [(int(step), loss) for step, loss in curves[:, :2].tolist() if math.isfinite(loss)]
+        world.tell("at", told, state.step)
         self.since = time.monotonic(), state.step
 
     def __call__(self, curves: Tensor, window: Tensor, norm: Tensor, skipped: int, stop: bool) -> None:
@@ -421,7 +425,7 @@ class Observer:
         if due(step, p.preview_every, p.steps):
             preview(self.job, self.state, self.world)
         if stop or due(step, p.save_every, p.steps):
-            save(self.job, self.state, curves, window)
+            save(self.job, self.state, curves, window, judge=not stop)
         if stop:
             log.warning("step %d is saved in %s", step, self.job.folder.uri)
 
@@ -510,9 +514,9 @@ def expect_sight(folder: Store) -> None:
         ) from error
 
 
-def save(job: Job, state: TrainState, curves: Tensor, window: Tensor) -> None:
-    """Write a checkpoint, and what the averaged weights lose on test images."""
-    about = {"step": state.step, "test_loss": held_out_loss(job, state)}
+def save(job: Job, state: TrainState, curves: Tensor, window: Tensor, *, judge: bool = True) -> None:
+    """Write a checkpoint, and what the averaged weights lose on test images, unless there is no time to judge it."""
+    about = {"step": state.step, "test_loss": held_out_loss(job, state) if judge else None}
     tensors = state.state_dict() | {"curves": curves, "window": window}
     _checkpoints.write(job.folder, tensors, about, keep=job.params.runtime.keep)
 
@@ -523,8 +527,8 @@ def held_out_loss(job: Job, state: TrainState) -> float:
     device = next(state.model.parameters()).device
     sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=device)
     to_space, _ = images.SPACES[p.train.space]
-    total = 0.0
-    for index in torch.arange(len(job.held_out), device=device).split(min(HELD_OUT_BATCH, p.train.batch_size)):
+    total, most = 0.0, min(HELD_OUT_BATCH, p.train.micro_batch or p.train.batch_size)
+    for index in torch.arange(len(job.held_out), device=device).split(most):
         x = to_space(images.to_float(torch.from_numpy(job.held_out[index.cpu().numpy()]).to(device)))
         level, z = train_draws(sigmas, x.shape[1:], seed=p.train.seed, index=index)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=p.train.precision == "bf16"):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from pipeline import _checkpoints, train
 from pipeline._stage import STOPPED
@@ -47,6 +48,11 @@ def test_a_killed_driver_goes_on_to_the_same_bits(inside):
         stage.ends()
     assert "going on from step" in stage.printed()
     _same_bits(stage.run, alone(inside, "alone"))
+    client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
+    same = "params.train.steps = '120' and params.train.max_skipped = '10'"
+    (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], same)
+    logged = {metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")}
+    assert logged == set(range(2, STEPS + 1, 2))
 
 
 def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
