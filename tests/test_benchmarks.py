@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_contracts import torch_and_numpy  # noqa: F401  a fixture
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
 TINY = ["--width", "4", "--resolution", "8", "--channels", "1", "--batch", "4", "--threads", "1", "--device", "cpu"]
@@ -33,15 +35,13 @@ def _step(benchmark, **switches):
     return step
 
 
-def test_prints_one_json_object_whose_numbers_belong_together_and_needs_torch_and_numpy_alone():
+def test_prints_one_json_object_whose_numbers_belong_together_with_torch_and_numpy_alone(torch_and_numpy):  # noqa: F811
     rows = ["bf16_channels_last", "fp32_channels_last_plain_adam", "fp32_channels_last_loop_ema"]
-    code = f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    code += "; assert not {'pipeline', 'ray', 'safetensors', 'scipy', 'tqdm', 'yaml'} & set(sys.modules)"
+    arguments = [str(SCRIPT), *TINY, "--steps", "2", "--repeats", "3", "--rows", *rows]
+    code = f"""import sys; sys.path.insert(0, {str(torch_and_numpy)!r}); sys.argv = {arguments!r}
+import runpy; runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
     done = subprocess.run(
-        [sys.executable, "-c", code, *TINY, "--steps", "2", "--repeats", "3", "--rows", *rows],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-S", "-E", "-c", code], capture_output=True, text=True, cwd=torch_and_numpy, check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
