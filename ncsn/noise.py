@@ -121,7 +121,7 @@ def snr_rule(r: float) -> StepRule:
     return rule
 
 
-def suggest_sigma_1(images: Tensor) -> float:
+def suggest_sigma_1(images: Tensor, to_space: Callable[[Tensor], Tensor] = torch.positive) -> float:
     """Technique 1: the largest Euclidean distance between two training images.
 
     Then a chain at sigma_1 can cross between any two images: the mixture's responsibilities are bounded by
@@ -130,9 +130,10 @@ def suggest_sigma_1(images: Tensor) -> float:
 
     Args:
         images: Training images, shape (N, ...), N >= 2, float in [0, 1], or uint8, of which v counts as v / 255.
+        to_space: From [0, 1] to where distances are taken, such as `images.to_logits`.
 
     Returns:
-        sigma_1, pixel units.
+        sigma_1, pixel units, or those of the space.
 
     Raises:
         ValueError: If there are fewer than 2 images or all are equal.
@@ -143,7 +144,7 @@ def suggest_sigma_1(images: Tensor) -> float:
         log.info("Technique 1: the largest distance among %d of %d images", PAIRWISE_SAMPLE, len(images))
         generator = torch.Generator().manual_seed(0)
         images = images[torch.randperm(len(images), generator=generator)[:PAIRWISE_SAMPLE]]
-    x = images.flatten(1).float() / (255 if images.dtype == torch.uint8 else 1)
+    x = to_space(images.flatten(1).float() / (255 if images.dtype == torch.uint8 else 1))
     x = x - x.mean(0)  # distances stay, round-off shrinks
     square = x.square().sum(1)
     best, pair, block = -1.0, (0, 0), 2048

@@ -18,17 +18,6 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # (phi - 1) 2^64, as an int64
 Objective = Callable[..., Tensor]  # objective(score, x, sigma, *draws) -> (B,)
 
 
-class NonFiniteLossError(FloatingPointError):
-    """A loss that is not a number; the weights are still those of the last good step."""
-
-    def __init__(self, step: int, sigma: float, value: float) -> None:
-        self.step, self.sigma, self.value = step, sigma, value
-        super().__init__(f"loss {value} at step {step}, noise level sigma={sigma:.4g}: lower the learning rate")
-
-    def __reduce__(self) -> tuple[type, tuple[int, float, float]]:
-        return type(self), (self.step, self.sigma, self.value)  # travels between processes
-
-
 class EMA:
     """Exponential moving average of the weights (Technique 5): theta' <- m theta' + (1 - m) theta after each update.
 
@@ -150,7 +139,7 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
+def data_order(n: int, *, seed: int, first: int, count: int, device: torch.device | str | None = None) -> Tensor:
     """Which image each sample of training is: sample k is entry k mod n of the permutation of epoch k div n.
 
     A function of (seed, k) alone, so any number of workers and any resumed run sees one order.
@@ -160,6 +149,7 @@ def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
         seed: Of the run, in [0, 2^32).
         first: Global number of the first sample.
         count: Samples wanted.
+        device: Where the numbers are made; the same ones on every device.
 
     Returns:
         Image numbers, int64, shape (count,).
@@ -169,7 +159,7 @@ def data_order(n: int, *, seed: int, first: int, count: int) -> Tensor:
     """
     parts = []
     for epoch in range(first // n, -(-(first + count) // n)):
-        permutation = _permutation(n, seed, epoch)
+        permutation = _permutation(n, seed, epoch, torch.device(device or "cpu"))
         parts.append(permutation[max(first - epoch * n, 0) : max(first + count - epoch * n, 0)])
     return torch.cat(parts)
 
@@ -210,9 +200,35 @@ def train_step(
     *draws: Tensor,
     objective: Objective = denoising_score_matching,
     forward: Score | None = None,
+    micro_batch: int | None = None,
+    threads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One update of the weights and of their average; the loss is the mean of the objective over the batch.
+
+    `accumulate_gradients`, which has the arguments, then `update`.
+
+    Returns:
+        Loss of each example, shape (B,), and the norm of the gradient, shape (), both detached. If the norm is not
+        finite, the weights have stayed as they were.
+    """
+    loss = accumulate_gradients(
+        state, x, sigma, *draws, objective=objective, forward=forward, micro_batch=micro_batch, threads=threads
+    )
+    return loss, update(state, loss)
+
+
+def accumulate_gradients(
+    state: TrainState,
+    x: Tensor,
+    sigma: Tensor,
+    *draws: Tensor,
+    objective: Objective = denoising_score_matching,
+    forward: Score | None = None,
+    total: int | None = None,
+    micro_batch: int | None = None,
     threads: int = 1,
 ) -> Tensor:
-    """One update of the weights and of their average; the loss is the mean of the objective over the batch.
+    """Set the gradients of the parameters to those of sum_b loss_b / total, in place of any earlier ones.
 
     With several threads each takes a part of the batch through the network and back, in the precision (autocast) of
     the caller. On a CPU this beats as many threads inside every small operation, which wait for each other thousands
@@ -220,24 +236,27 @@ def train_step(
     does not reach, has no gradient and stays.
 
     Args:
-        state: Changed in place.
+        state: Its parameters' gradients change.
         x: Images in [0, 1], shape (B, C, H, W).
         sigma: Noise levels, shape (B,).
         *draws: What else the objective takes, each with B rows: z of denoising score matching.
         objective: objective(score, x, sigma, *draws) gives one loss an example, shape (B,).
-        forward: What to call in place of the network itself, such as a wrapper that averages gradients over workers;
-            with one thread only.
-        threads: Parts of the batch, 1 to B. Another number changes the sums' order, so the last bits.
+        forward: What to call in place of the network itself, such as its compiled form; with one thread only.
+        total: Examples of the whole batch, where this is one worker's share; None means B.
+        micro_batch: Most examples that go through the network at once; None means B. A smaller one needs less memory
+            and gives the same gradients but for the order of the sums.
+        threads: Parts of a micro batch at the same time, 1 to its size. Another number changes the sums' order, so the
+            last bits.
 
     Returns:
         Loss of each example, shape (B,), detached.
 
     Raises:
-        NonFiniteLossError: Before the weights are touched.
-        ValueError: If threads is not in 1 to B, or a forward is given and threads > 1.
+        ValueError: If threads is not in 1 to the micro batch, or a forward is given and threads > 1.
     """
-    if not 1 <= threads <= len(x):
-        raise ValueError(f"expected 1 <= threads <= {len(x)}, the examples of the batch, got threads={threads}")
+    most = min(micro_batch or len(x), len(x))
+    if not 1 <= threads <= most:
+        raise ValueError(f"expected 1 <= threads <= {most}, the examples of the batch, got threads={threads}")
     if threads > 1 and forward is not None:
         raise ValueError(f"expected threads=1 with a forward of your own, got threads={threads}")
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -248,35 +267,60 @@ def train_step(
         # its cache of cast weights is one for all threads: none, so that their graphs stay apart
         with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
             loss = objective(state.model, *part)
-        return loss.detach(), torch.autograd.grad(loss.sum() / len(x), parameters, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss.sum() / (total or len(x)), parameters, allow_unused=True)
 
+    losses: list[Tensor] = []
     state.optimizer.zero_grad()
-    if threads == 1:
-        values = objective(forward or state.model, x, sigma, *draws)
-        values.mean().backward()
-        loss = values.detach()
-    else:
-        parts = zip(*(tensor.tensor_split(threads) for tensor in (x, sigma, *draws)), strict=True)
-        losses, gradients = zip(*_pool(threads).map(backward, parts), strict=True)
+    for micro in zip(*(tensor.split(most) for tensor in (x, sigma, *draws)), strict=True):
+        if threads == 1:
+            loss = objective(forward or state.model, *micro)
+            (loss.sum() / (total or len(x))).backward()
+            losses.append(loss.detach())
+            continue
+        parts = zip(*(tensor.tensor_split(min(threads, len(micro[0]))) for tensor in micro), strict=True)
+        some, gradients = zip(*_pool(threads).map(backward, parts), strict=True)
+        losses.extend(some)
         for parameter, *terms in zip(parameters, *gradients, strict=True):
-            reached = [term for term in terms if term is not None]
             # in the order of the parts: the same bits each time
-            parameter.grad = sum(reached[1:], reached[0]) if reached else None
-        loss = torch.cat(losses)
-    finite = loss.isfinite()
-    if not finite.all():
-        k = int((~finite).nonzero()[0])
-        raise NonFiniteLossError(state.step, float(sigma[k]), float(loss[k]))
-    state.optimizer.step()
+            for term in terms:
+                if term is not None:
+                    parameter.grad = term if parameter.grad is None else parameter.grad + term
+    return torch.cat(losses)
+
+
+def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
+    """One step of the optimizer and of the average with the gradients that are there, unless they are not finite.
+
+    A loss or a gradient that is NaN or infinite leaves the weights and the optimizer as they are; the step is counted.
+    With a fused optimizer the decision is made on the device, so that nothing waits for it.
+
+    Args:
+        state: Changed in place.
+        loss: Of the examples that the gradients are of.
+        reduce: Called first with all gradients and the sum of the losses: sums them over the workers, in place.
+
+    Returns:
+        Norm of the gradient, shape (); not finite if the loss is not.
+    """
+    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    total = loss.sum()
+    if reduce is not None:
+        reduce([*gradients, total])
+    norm = torch.where(total.isfinite(), nn.utils.get_total_norm(gradients), total)
+    if state.optimizer.defaults.get("fused"):
+        state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler tells it
+        state.optimizer.step()
+    elif norm.isfinite():
+        state.optimizer.step()
     state.ema.update(state.model)
     state.step += 1
-    return loss
+    return norm
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in one epoch or two
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+def _permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The image numbers 0..n-1 in the order of 64 random bits of each."""
-    high, low, *_ = random.words(seed, random.TRAIN_ORDER, torch.arange(n), epoch, 1)
+    high, low, *_ = random.words(seed, random.TRAIN_ORDER, torch.arange(n, device=device), epoch, 1)
     return (high << 32 | low)[:, 0].argsort(stable=True)
 
 

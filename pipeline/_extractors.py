@@ -1,6 +1,6 @@
 """Feature extractors of torch-fidelity: our classifier, registered there, and Inception, with its file checked first.
 
-Nothing is ever downloaded.
+Nothing is downloaded here; `pipeline.fetch` gets the weights.
 """
 
 from dataclasses import dataclass
@@ -166,8 +166,8 @@ def inception(path: Path) -> Extractor:
     """
     if not path.is_file():
         raise StageError(
-            f"the Inception weights {path.absolute()} do not exist: put {INCEPTION_URL} (95 MB) there, or name a copy "
-            f"with evaluate.inception_weights=PATH"
+            f"the Inception weights {path.absolute()} do not exist: get them with `python -m pipeline.fetch`, put "
+            f"{INCEPTION_URL} (95 MB) there, or name a copy with evaluate.inception_weights=PATH"
         )
     found = sha256(path)
     if not found.startswith(INCEPTION_SHA256):

@@ -64,9 +64,12 @@ def _multipliers() -> Any:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and its split. `root` is a folder or archive, for the sets that are read from disk."""
+    """The data set and its split. `root` is the folder or archive it lies in; null means below the cache, data/."""
 
-    name: str = _one_of("digits", "fashion_mnist", "patches", "image_folder")
+    name: str = _one_of(
+        *("digits", "mnist", "fashion_mnist", "cifar10", "celeba32", "celeba64"),
+        *("lsun_church96", "lsun_bedroom128", "lsun_tower128", "ffhq256", "image_folder", "patches"),
+    )
     root: str | None = _rule("a path")
     resolution: int | None = _whole(2)
     channels: int | None = _rule("1 or 3", lambda value: value in (1, 3, None))
@@ -172,6 +175,7 @@ class Runtime:
 
     workers: int | tuple[int, ...] = _workers()
     max_failures: int = _whole(0)
+    resize_interval: float = _positive()
     storage: str = _rule("a folder or s3://bucket/prefix", bool)
     keep: int = _whole(1)
     compile: bool = _rule("true or false")
@@ -251,7 +255,7 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"model.multipliers={params.model.multipliers}: expected {allowed}; got model.name={params.model.name}"
         )
-    if params.data.crop is not None and params.data.name != "image_folder":
+    if params.data.crop is not None and params.data.name not in ("image_folder", "celeba32", "celeba64"):
         raise ParamsError(f"data.crop={params.data.crop}: expected null with data={params.data.name}")
     if params.noise.sigma_1 is not None and params.noise.sigma_1 <= params.noise.sigma_L:
         raise ParamsError(

@@ -1,5 +1,6 @@
 """Arrays of images as pictures a person can look at, and the style of all plots."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -46,4 +47,22 @@ def save_gif(frames: list[Tensor], columns: int, path: Path, *, seconds: float =
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG atomically."""
     with replacing(path) as part:
-        picture.save(part, format="png")
+        part.write_bytes(png_bytes(picture))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as the content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
+def side_by_side(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of one height and kind in a row, on white."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    row = Image.new(pictures[0].mode, (width, pictures[0].height), "white")
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row

@@ -5,65 +5,79 @@
 """
 
 import dataclasses
+import fcntl
 import logging
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
-from ray.experimental import tqdm_ray
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
 
 from pipeline import _params
-from pipeline._stage import log
+from pipeline._stage import StageError, StopSignals, log
+from pipeline._store import Bucket, Folder, store
 
 ROOT = Path(__file__).resolve().parent.parent
+LISTEN_INTERVAL = 0.5  # seconds between looks into the mailbox
+OBJECT_LIMIT = 2**30  # bytes from which on data does not go through Ray's object store
+BUCKET = 64 * 2**20  # bytes that travel between workers at once
+BEGUN = "begun"
 MOST_THREADS = 4  # that train side by side: more would wait for Python's lock; other cores help inside operations
 
 
 @dataclass(frozen=True)
 class World:
-    """Which worker this is, of how many, and what the workers do together."""
+    """Which worker this is, of how many, and what the workers do together and tell the driver."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     threads: int = 1  # parts of a batch that this worker computes at the same time
+    tell: Callable[..., None] = lambda kind, *what: None  # carries a message to the driver
+    asked_to_stop: Callable[[], bool] = lambda: False
+    host: Any = None  # a process group of the CPUs, where the other one is of the GPUs
 
-    def wrap(self, model: nn.Module) -> nn.Module | None:
-        """The model, such that a backward pass averages the gradients over the workers; None if there is but one."""
+    def sum(self, *values: Tensor) -> None:
+        """Sum tensors over the workers, in place; many small ones travel together."""
         if self.size == 1:
-            return None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None
-        )
+            return
+        for some in _buckets(values):
+            flat = torch.cat([value.flatten() for value in some])
+            torch.distributed.all_reduce(flat)
+            for value, part in zip(some, flat.split([value.numel() for value in some]), strict=True):
+                value.copy_(part.view_as(value))
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over the workers, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(value)
-        return value
-
-    def progress(self, total: int, *, initial: int, unit: str) -> Any:
-        """A progress bar that worker 0 moves and the driver's terminal shows."""
-        bar = tqdm_ray.tqdm(total=total, unit=unit)
-        bar.update(initial)
-        return bar
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether it is true on some worker; the answer is the same on all. Waits for no device."""
+        if self.size == 1:
+            return flags
+        told = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.host)
+        return tuple(bool(flag) for flag in told)
 
 
 @contextmanager
 def cluster(runtime: _params.Runtime) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after."""
+    """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after.
+
+    To a cluster travels the code, to its workers also what the driver knows of S3 (the AWS variables).
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS") or runtime.ray_address
-    if address:
-        ray.init(address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    if address := _address(runtime):
+        code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
+        ray.init(address, logging_level=logging.WARNING, runtime_env=code)
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
@@ -83,34 +97,210 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
         ray.shutdown()
 
 
-def train(fn: Callable[[Any, World], None], job: Any, *, workers: int, storage: Path) -> None:
-    """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has as many.
+@dataclass(frozen=True)
+class Shared:
+    """An array that a worker on any node can open, mapped into memory; a plain value."""
+
+    path: Path | None = None  # where all workers see this machine's files
+    reference: Any = None  # in Ray's object store
+    storage: Folder | Bucket | None = None  # else there, as `name`
+    name: str = ""
+
+    def open(self) -> NDArray[Any]:
+        """The array, read-only."""
+        if self.reference is not None:
+            return ray.get(self.reference)
+        if self.path is not None:
+            return np.load(self.path, mmap_mode="r")
+        assert self.storage is not None
+        if isinstance(self.storage, Folder):
+            return np.load(Path(self.storage.uri) / self.name, mmap_mode="r")
+        copy = Path(_local_folder("data"), self.name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open(copy.with_suffix(".lock"), "w") as lock:  # the workers of a node fetch one copy
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.is_file():
+                self.storage.fetch(self.name, copy)
+        return np.load(copy, mmap_mode="r")
+
+
+def share(path: Path, digest: str, runtime: _params.Runtime) -> Shared:
+    """Make an .npy file with this hash readable to all workers of the cluster, within `cluster`.
+
+    A local cluster reads the file. On another one it goes through Ray's object store, or, from OBJECT_LIMIT bytes on,
+    through runtime.storage, from where each node takes a copy to its disk.
+    """
+    if not _address(runtime):
+        return Shared(path=path.resolve())
+    if path.stat().st_size < OBJECT_LIMIT:
+        return Shared(reference=ray.put(np.load(path)))
+    storage, name = store(runtime.storage) / "data", f"{digest}.npy"
+    if name not in storage.names():
+        log.info("copying %s to %s", path, storage.uri)
+        storage.write(name, path)
+    return Shared(storage=storage, name=name)
+
+
+def train(
+    fn: Callable[[Any, World], None],
+    job: Any,
+    runtime: _params.Runtime,
+    *,
+    name: str,
+    signals: StopSignals,
+    hear: Callable[..., None] = lambda kind, *what: None,
+) -> None:
+    """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has GPUs.
+
+    When a worker or a node dies, all start anew, up to runtime.max_failures times; with a range of workers on what is
+    left, and on more when there is more. Errors that another try would meet again (any but RuntimeError and OSError, of
+    which a dying neighbour causes some) end the run at once. Signals make `world.asked_to_stop` true, so that fn may
+    save and return.
 
     Args:
         fn: A function of an importable module; it keeps its own checkpoints.
         job: Any value that can be pickled.
-        workers: How many.
-        storage: Folder for Ray Train's own notes.
+        runtime: Its workers, max_failures and resize_interval.
+        name: Of the run, for Ray Train's own notes.
+        signals: Held from when fn begins until it has ended.
+        hear: Called in this process with what the workers `tell`.
 
     Raises:
         Exception: What fn raised, on the first worker that did.
+        StoppedError: After a signal, when fn has returned.
+        StageError: If there are fewer GPUs than workers, or workers died too often.
     """
     # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"fn": fn, "job": job, "cores": max(1, _cores() // workers)},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=_gpus() >= workers),
-        run_config=RunConfig(
-            name="ray", storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)
-        ),
-    )
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        raise next(iter(error.worker_failures.values())) from error
+    workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
+    fewest = workers if isinstance(workers, int) else workers[0]
+    if 0 < _gpus() < fewest:
+        raise StageError(
+            f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
+        )
+    with _Post(hear, signals) as post:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "fn": fn,
+                "job": job,
+                "cores": max(1, _cores() // most(workers)),
+                "side_by_side": not runtime.compile,
+                "mailbox": post.mailbox,
+                # not in Ray's runtime environment, which its dashboard shows
+                "environment": {key: value for key, value in os.environ.items() if key.startswith("AWS_")},
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=runtime.resize_interval
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=_local_folder("train"),
+                failure_config=FailureConfig(max_failures=runtime.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            first = next(iter(error.worker_failures.values()))
+            if not isinstance(first, RayActorError):
+                raise first from error
+            told = " ".join(str(first).split())
+            raise StageError(
+                f"a worker died more than runtime.max_failures={runtime.max_failures} times: {told}"
+            ) from error
+        except TrainingFailedError as error:
+            raise StageError(f"Ray Train gave up: {' '.join(str(error).split())}") from error
+    if post.error is not None:
+        raise post.error
+    signals.stop()
+
+
+class _Mailbox:
+    """What the workers tell the driver, and the driver them; an actor on the driver's node."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Any, ...]] = []
+        self.stop = False
+        self.error: Exception | None = None
+
+    def put(self, *message: Any) -> None:
+        self.messages.append(message)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        taken, self.messages = self.messages, []
+        return taken
+
+    def ask_to_stop(self) -> None:
+        self.stop = True
+
+    def asked_to_stop(self) -> bool:
+        return self.stop
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+
+    def failed(self) -> Exception | None:
+        return self.error
+
+
+class _Post:
+    """The driver's end of the mailbox, while training runs: hears messages in a thread, passes signals on."""
+
+    def __init__(self, hear: Callable[..., None], signals: StopSignals) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.hear, self.signals = hear, signals
+        self.error: Exception | None = None
+        self.told = False
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._listen, name="post", daemon=True)
+
+    def __enter__(self) -> "_Post":
+        self.signals.take()  # from ray.init
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.signals.held = False
+        self.over.set()
+        self.thread.join()
+        self._pass_on()
+        self.error = ray.get(self.mailbox.failed.remote())
+
+    def _listen(self) -> None:
+        while not self.over.wait(LISTEN_INTERVAL):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.signals.name is not None and not self.told:
+            log.warning("%s: training stops after this step and is saved", self.signals.name)
+            self.mailbox.ask_to_stop.remote()
+            self.told = True
+        for kind, *what in ray.get(self.mailbox.take.remote()):
+            if kind == BEGUN:
+                self.signals.held = True
+            else:
+                self.hear(kind, *what)
+
+
+class _Poll:
+    """Whether to stop: asks the mailbox once a second at most, and does not wait for the answer."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+        self.question = mailbox.asked_to_stop.remote()
+        self.next = 0.0
+        self.answer = False
+
+    def __call__(self) -> bool:
+        if not self.answer and time.monotonic() >= self.next and ray.wait([self.question], timeout=0)[0]:
+            self.answer = bool(ray.get(self.question))
+            self.question = self.mailbox.asked_to_stop.remote()
+            self.next = time.monotonic() + 1
+        return self.answer
 
 
 def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
@@ -160,11 +350,47 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    context, device = get_context(), get_device()
-    alone = context.get_world_size() == 1 and device.type == "cpu"
+    os.environ.update(config["environment"])
+    mailbox, context, device = config["mailbox"], get_context(), get_device()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if ray.get(mailbox.failed.remote()) is not None:
+        return  # an error that another try would meet again: the driver raises it
+    alone = size == 1 and device.type == "cpu" and config["side_by_side"]
     threads = min(config["cores"], MOST_THREADS) if alone else 1
     torch.set_num_threads(config["cores"] // threads)
-    config["fn"](config["job"], World(context.get_world_rank(), context.get_world_size(), device, threads))
+    host = torch.distributed.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    if rank == 0:
+        mailbox.put.remote(BEGUN)
+        log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device))
+
+    def tell(kind: str, *what: Any) -> None:
+        mailbox.put.remote(kind, *what)
+
+    stop = _Poll(mailbox) if rank == 0 else lambda: False
+    try:
+        config["fn"](config["job"], World(rank, size, device, threads, tell, stop, host))
+    except Exception as error:
+        if isinstance(error, StageError) or not isinstance(error, RuntimeError | OSError):
+            ray.get(mailbox.fail.remote(error))
+        raise
+    ray.get(mailbox.failed.remote())  # comes after all that was told
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "on CPUs"
+
+
+def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring tensors of one kind, in lists of up to BUCKET bytes."""
+    some: list[Tensor] = []
+    size = 0
+    for value in values:
+        if some and (size + value.nbytes > BUCKET or value.dtype != some[0].dtype):
+            yield some
+            some, size = [], 0
+        some.append(value)
+        size += value.nbytes
+    yield some
 
 
 def _quieter() -> Callable[[], None]:
@@ -189,6 +415,10 @@ def most(workers: int | tuple[int, ...]) -> int:
     return workers if isinstance(workers, int) else workers[-1]
 
 
+def _address(runtime: _params.Runtime) -> str | None:
+    return os.environ.get("RAY_ADDRESS") or runtime.ray_address
+
+
 def _gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
@@ -197,6 +427,6 @@ def _cores() -> int:
     return torch.get_num_threads()
 
 
-def _local_folder() -> str:
+def _local_folder(name: str = "ray") -> str:
     """Short, since paths of Unix sockets must stay under 108 bytes; one for each user of the machine."""
-    return str(Path(tempfile.gettempdir()) / f"ncsn-ray-{os.getuid()}")
+    return str(Path(tempfile.gettempdir()) / f"ncsn-{name}-{os.getuid()}")

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -9,10 +10,56 @@ from collections.abc import Callable
 from pipeline import _params
 
 log = logging.getLogger("pipeline")
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class StageError(RuntimeError):
     """A failure whose message tells the person all they need; printed without a traceback."""
+
+
+class StoppedError(StageError):
+    """A stop that was asked for; what was done is saved, and the same command goes on. Exit status `STOPPED`."""
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 raise StoppedError; or, while `held`, are noted alone, for one who saves first.
+
+    Attributes:
+        name: Of the signal that came, None before.
+        held: Whether signals wait.
+    """
+
+    NUMBERS = signal.SIGTERM, signal.SIGUSR1
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.held = False
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.getsignal(number) for number in self.NUMBERS}
+        self.take()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Take the signals over, again from whoever has done so since."""
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        if not self.held:
+            self.stop()
+
+    def stop(self) -> None:
+        """Raise StoppedError if a signal has come."""
+        if self.name is not None:
+            raise StoppedError(
+                f"stopped by {self.name}: what is done is saved, and the same command goes on from there"
+            )
 
 
 def run(
@@ -40,6 +87,9 @@ def run(
     start = time.monotonic()
     try:
         main(_params.load(args.pop("params")), **args)
+    except StoppedError as error:
+        log.warning("%s (exit status %d)", error, STOPPED)
+        sys.exit(STOPPED)
     except (_params.ParamsError, StageError) as error:
         sys.exit(f"error: {error}")
     log.info("done in %.1f s", time.monotonic() - start)

@@ -1,21 +1,28 @@
-"""Take a checkpoint of the official code of either paper as the product of the stage `train`, in place of training.
+"""Get what a later run without network needs; or take an official checkpoint as the product of the stage `train`.
 
-Reads out/data, out/schedule and the sections `model` and `train`, which must describe what is in the file; writes
-out/train: the file's averaged weights (the last ones, where it has no average), random ones as a yardstick, and
-model.json with the file's hash. No code in the file is run. Before it, name the file's settings and make the rest:
+Without --checkpoint: the published files of the data set that params.yaml names (docs/data.md), checked by their
+digests, and the Inception weights if evaluate.extractor is inception-v3-compat. What is there already is left as it is.
+A download that broke off goes on where it stopped.
 
-    python -m pipeline.compose experiment=ncsnv2_cifar10 data.root=cifar10
+With --checkpoint FILE, a checkpoint of the official code of either paper: reads out/data, out/schedule and the sections
+`model` and `train`, which must describe what is in the file; writes out/train: the file's averaged weights (the last
+ones, where it has no average), random ones as a yardstick, and model.json with the file's hash. No code in the file is
+run. Before it, name the file's settings and make the rest:
+
+    python -m pipeline.compose experiment=ncsnv2_cifar10
     dvc repro schedule features
 """
 
 import argparse
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ncsn import official
 from ncsn.networks import NCSN, NETWORKS
-from pipeline import _params, _stage, prepare, sample, schedule, train
+from pipeline import _params, _sources, _stage, prepare, sample, schedule, train
 from pipeline._stage import StageError, log
 from pipeline._store import replacing_folder, sha256
 
@@ -27,16 +34,61 @@ NEXT = """next:
 
 def main(
     params: _params.Params,
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     rescaled: bool = False,
     logit_transform: bool = False,
     step: int | None = None,
 ) -> None:
-    """Write out/train from the file.
+    """Download what params.yaml needs, or write out/train from a checkpoint.
 
     Raises:
-        StageError: If it is no such checkpoint, or does not suit params.yaml, the data or the schedule.
+        StageError: If something can neither be found nor downloaded; if the checkpoint is none, or does not suit
+            params.yaml, the data or the schedule.
     """
+    if checkpoint is not None:
+        take(params, checkpoint, rescaled, logit_transform, step)
+    elif rescaled or logit_transform or step is not None:
+        raise StageError(
+            "--rescaled, --logit-transform and --step describe a checkpoint: expected --checkpoint FILE, too"
+        )
+    else:
+        download(params)
+
+
+def download(params: _params.Params) -> None:
+    """Download what a later run needs; raises StageError, after trying all, if something cannot be had."""
+    data, judge = params.data, params.evaluate
+    what: list[tuple[str, Callable[[], list[Path]]]] = [(f"data={data.name}", partial(_sources.fetch, data))]
+    if judge.extractor == "inception-v3-compat":
+        what.append((judge.extractor, partial(inception, judge.inception_weights)))
+    errors = []
+    for name, get in what:
+        try:
+            paths = get()
+        except StageError as error:
+            errors.append(str(error))
+        else:
+            log.info("%s: %s", name, f"in place, {', '.join(map(str, paths))}" if paths else "nothing to download")
+    if errors:
+        raise StageError("; ".join(errors))
+
+
+def inception(given: str | None) -> list[Path]:
+    """The weights of torch-fidelity's Inception, downloaded if they are missing."""
+    from pipeline import _extractors
+
+    source = _sources.Source(
+        _extractors.INCEPTION_FILE,
+        95_628_359,
+        f"sha256:{_extractors.INCEPTION_SHA256}",
+        (_extractors.INCEPTION_URL,),
+    )
+    hint = ", or name a copy with evaluate.inception_weights=PATH"
+    return [_sources.download(source, _extractors.inception_path(given), hint)]
+
+
+def take(params: _params.Params, checkpoint: Path, rescaled: bool, logit_transform: bool, step: int | None) -> None:
+    """Write out/train from the file; raises StageError as `main` does."""
     shape, levels = prepare.manifest()["shape"], schedule.load()
     space = "centred" if rescaled else "logits" if logit_transform else "pixels"
     network = train.describe(params.model, shape[0], levels["sigmas"]) | {"rescale": space == "pixels"}
@@ -109,7 +161,7 @@ def step_in(name: str) -> int | None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the file, checkpoint_{step}.pth")
+    parser.add_argument("--checkpoint", type=Path, help="the file, checkpoint_{step}.pth")
     parser.add_argument("--rescaled", action="store_true", help="its configuration has data.rescaled: true")
     parser.add_argument("--logit-transform", action="store_true", help="... data.logit_transform: true")
     parser.add_argument("--step", type=int, help="steps it was trained for, where file and name do not tell")

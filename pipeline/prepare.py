@@ -1,108 +1,41 @@
 """Turn the configured data set into out/data: uint8 arrays (N, C, H, W), labels, a manifest and a picture.
 
-data=digits         the 8x8 grey digits inside scikit-learn
-data=fashion_mnist  IDX files, plain or .gz, in the folder data.root
-data=image_folder   any folder, .tar, .tar.gz or .tgz of images, data.root; scaled and cropped to data.resolution
-data=patches        RGB patches of scikit-learn's two photographs, of side data.resolution
+data=digits                  the 8x8 grey digits inside scikit-learn
+data=mnist, fashion_mnist    28x28 grey, IDX files
+data=cifar10                 32x32 RGB, the official Python batches
+data=celeba32, celeba64      RGB faces: the 140x140 pixels at the centre, scaled
+data=lsun_church96, lsun_bedroom128, lsun_tower128
+                             RGB scenes from LSUN's databases: shortest side scaled, centre cropped
+data=ffhq256                 256x256 RGB faces, from a folder or a database of pictures
+data=image_folder            any folder, .tar, .tar.gz or .tgz of images, data.root; shortest side scaled to
+                             data.resolution, centre cropped
+data=patches                 RGB patches of scikit-learn's two photographs, of side data.resolution
 
+What is published is downloaded first, as `python -m pipeline.fetch` does; docs/data.md has files, sizes and licences.
 Writes train.npy, test.npy, train_labels.npy and test_labels.npy (labelled sets only), manifest.json, examples.png.
-The same input gives the same bytes.
+The same input gives the same bytes. Memory does not grow with the set, but for the paths of a folder of images.
 """
 
-import gzip
 import hashlib
-import io
-import os
-import struct
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from pipeline import _stage
-from pipeline._params import Data, Params, ParamsError
+from pipeline import _datasets, _stage
+from pipeline._datasets import ImageSet, Labels, Rows
+from pipeline._imagefiles import Images, Unreadable
+from pipeline._params import Params
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
 
+SPLITS = _datasets.SPLITS
 OUT = Path("out/data")
-SPLITS = ("train", "test")
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 UNREADABLE_SHARE = 0.01
-# What Pillow's decoders, and a link inside an archive, raise
-BROKEN = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    tarfile.TarError,
-    Image.DecompressionBombError,
-)
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-PHOTOGRAPHS = (  # as scikit-learn's sklearn/datasets/images/README.txt credits them
-    {
-        "file": "china.jpg",
-        "attribution": "Some rights reserved by danielbuechele",
-        "licence": "https://creativecommons.org/licenses/by/2.0/",
-        "url": "https://www.flickr.com/photos/danielbuechele/6061409035/sizes/z/in/photostream/",
-    },
-    {
-        "file": "flower.jpg",
-        "attribution": "Some rights reserved by vultilion",
-        "licence": "https://creativecommons.org/licenses/by/2.0/",
-        "url": "https://www.flickr.com/photos/vultilion/6056698931/sizes/z/in/photostream/",
-    },
-)
-
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-Rows = NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class _Set:
-    """A data set in memory.
-
-    Args:
-        images: uint8, (N, C, H, W).
-        splits: Row numbers of the images of "train" and of "test"; rows in neither are left out.
-        source: Where the images come from and how they were split, as JSON.
-        labels: int64, (N,), row numbers of `classes`; None if unlabelled.
-        classes: Their names; None if unlabelled.
-        unreadable: {"path", "error"} of each file left out.
-    """
-
-    images: Images
-    splits: dict[str, Rows]
-    source: dict[str, Any]
-    labels: Labels | None = None
-    classes: list[str] | None = None
-    unreadable: list[dict[str, str]] = field(default_factory=list)
+BLOCK = 1 << 24  # bytes
 
 
 def load(split: str, folder: Path | str = OUT) -> tuple[Images, Labels | None]:
@@ -144,17 +77,17 @@ def main(params: Params) -> None:
         StageError: On missing, broken or too few images.
     """
     data = params.data
-    build = {"digits": _digits, "fashion_mnist": _fashion_mnist, "image_folder": _image_folder, "patches": _patches}
-    found = build[data.name](data)
-    channels, height, width = found.images.shape[1:]
+    found = _datasets.find(data)
+    channels, height, width = found.shape
     with replacing_folder(OUT) as part:
-        splits = {split: _write_split(part, split, found) for split in SPLITS}
+        kept, digests, unreadable = _write_images(part, found)
+        splits = {split: _entry(part, split, kept[split], digests[split], found) for split in SPLITS}
         written = {
             "name": data.name,
             "shape": [channels, height, width],
             "classes": found.classes,
             "source": found.source,
-            "unreadable": found.unreadable,
+            "unreadable": [{"path": each.path, "error": each.error} for each in unreadable],
             "splits": splits,
         }
         write_json(part / "manifest.json", written)
@@ -171,402 +104,112 @@ def main(params: Params) -> None:
     )
 
 
-def _digits(data: Data) -> _Set:
-    from sklearn.datasets import load_digits
+def _write_images(folder: Path, found: ImageSet) -> tuple[dict[str, Rows], dict[str, str], list[Unreadable]]:
+    """Write train.npy and test.npy.
 
-    _expect_no_root(data)
-    bunch = load_digits()
-    images: Images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels: Labels = bunch.target.astype(np.int64)
-    _expect_own_shape(data, images)
-    source = {
-        "from": "scikit-learn's load_digits",
-        "reference": "Alpaydin & Kaynak (1998), Optical Recognition of Handwritten Digits, UCI, doi:10.24432/C50P49",
-        "split": _how_drawn(data),
-    }
-    splits = _draw_split(labels, data.test_fraction, data.seed)
-    return _Set(images, splits, source, labels, [str(name) for name in bunch.target_names])
-
-
-def _fashion_mnist(data: Data) -> _Set:
-    root = Path(data.root or "").expanduser()
-    images: list[Images] = []
-    labels: list[Images] = []
-    files = {}
-    for prefix in ("train", "t10k"):
-        for kind, arrays in (("images-idx3", images), ("labels-idx1", labels)):
-            path = _find_idx(root, f"{prefix}-{kind}-ubyte", data.root)
-            content = path.read_bytes()
-            files[path.name] = hashlib.sha256(content).hexdigest()
-            arrays.append(_read_idx(path, content, ndim=3 if kind == "images-idx3" else 1))
-        if len(images[-1]) != len(labels[-1]):
-            raise StageError(f"{root}: {len(images[-1])} {prefix} images but {len(labels[-1])} labels")
-    if images[0].shape[1:] != images[1].shape[1:]:
-        raise StageError(f"{root}: train images are {images[0].shape[1:]}, test images {images[1].shape[1:]}")
-    joined = np.concatenate(labels).astype(np.int64)
-    if joined.max() >= len(FASHION_CLASSES):
-        raise StageError(f"{root}: label {joined.max()}, expected 0 to {len(FASHION_CLASSES) - 1}")
-    found = np.concatenate(images)[:, None]
-    _expect_own_shape(data, found)
-    rows = np.arange(len(found))
-    source = {
-        "from": str(root),
-        "reference": "Xiao, Rasul & Vollgraf (2017), Fashion-MNIST, arXiv:1708.07747, MIT licence",
-        "split": "as the set comes",
-        "files": files,
-    }
-    splits = {"train": rows[: len(images[0])], "test": rows[len(images[0]) :]}
-    return _Set(found, splits, source, joined, list(FASHION_CLASSES))
-
-
-def _find_idx(root: Path, name: str, given: str | None) -> Path:
-    fix = "install the set with `apt-get install dataset-fashion-mnist` or give its folder as data.root=..."
-    if given is None or not root.is_dir():
-        raise StageError(f"data.root={given}: no such folder; {fix}")
-    for path in (root / name, root / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise StageError(f"{root / name} does not exist, nor {name}.gz beside it; {fix}")
-
-
-def _read_idx(path: Path, content: bytes, *, ndim: int) -> Images:
-    """Decode an IDX file of unsigned bytes: 0, 0, type 8, ndim, one big-endian uint32 per dimension, then the values.
-
-    Format: http://yann.lecun.com/exdb/mnist/, "THE IDX FILE FORMAT".
-
-    Args:
-        path: For messages; a name ending in .gz says that the content is compressed.
-        content: The file's bytes.
-        ndim: The number of dimensions to expect.
+    Returns:
+        The numbers of the images in each, in their order; the SHA-256 of each array; what could not be read.
 
     Raises:
-        StageError: If the content is anything else, empty or of another length than its header says.
+        StageError: If more than UNREADABLE_SHARE cannot be read, or no image is left for a split.
     """
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise StageError(f"{path} is not a whole gzip file: {error}") from error
-    expected = bytes((0, 0, 8, ndim))
-    if content[:4] != expected:
-        raise StageError(
-            f"{path} starts with {content[:4].hex() or 'nothing'}: expected {expected.hex()}, "
-            f"an IDX file of unsigned bytes in {ndim} dimension{'s' * (ndim > 1)}"
-        )
-    start = 4 + 4 * ndim
-    if len(content) < start:
-        raise StageError(f"{path} ends after {len(content)} bytes, within its header of {start}")
-    shape = struct.unpack(f">{ndim}I", content[4:start])
-    values = np.frombuffer(content, np.uint8, offset=start)
-    if values.size != np.prod(shape, dtype=object) or not values.size:
-        raise StageError(f"{path} holds {values.size} values: expected {' x '.join(map(str, shape))}, more than none")
-    return values.reshape(shape)
+    n = 1 + max(int(rows.max(initial=-1)) for rows in found.splits.values())
+    total = sum(len(rows) for rows in found.splits.values())
+    side, place = np.full(n, -1, np.int8), np.zeros(n, np.int64)
+    for index, split in enumerate(SPLITS):
+        side[found.splits[split]] = index
+        place[found.splits[split]] = np.arange(len(found.splits[split]))
+    errors: dict[int, Unreadable] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{split}.npy", "w+b")) for split in SPLITS]
+        arrays = [
+            _Array(file, len(found.splits[split]), found.shape) for file, split in zip(files, SPLITS, strict=True)
+        ]
+        for number, image in tqdm(found.images, "images", total, unit="", disable=None):
+            if isinstance(image, Unreadable):
+                errors[number] = image
+                arrays[side[number]].drop(place[number])
+            else:
+                errors.pop(number, None)  # an archive may hold a path twice: the last one counts
+                arrays[side[number]].write(place[number], image)
+        unreadable = [errors[number] for number in sorted(errors)]
+        kept = {split: found.splits[split][array.written] for split, array in zip(SPLITS, arrays, strict=True)}
+        _expect_enough(found.where, total, unreadable, kept)
+        return kept, {split: array.finish() for split, array in zip(SPLITS, arrays, strict=True)}, unreadable
 
 
-def _image_folder(data: Data) -> _Set:
-    if data.resolution is None or data.channels is None:
-        key, allowed = ("resolution", "a whole number >= 2") if data.resolution is None else ("channels", "1 or 3")
-        raise ParamsError(f"data.{key}=null: expected {allowed}, since a folder of images has none of its own")
-    root = Path(data.root or "").expanduser()
-    if data.root is None or not root.exists():
+def _expect_enough(where: str, total: int, unreadable: list[Unreadable], kept: dict[str, Rows]) -> None:
+    if len(unreadable) > UNREADABLE_SHARE * total:
+        first = "; ".join(f"{each.path}: {each.error}" for each in unreadable[:3])
         raise StageError(
-            f"data.root={data.root} does not exist: expected a folder or a .tar, .tar.gz or .tgz of images"
-        )
-    log.info("listing the images in %s", root)
-    paths = sorted({path for path, _ in _image_files(root)})
-    if not paths:
-        raise StageError(f"{root} holds no images: expected files ending in {', '.join(SUFFIXES)}")
-    sides, names = _layout(paths)
-    images, errors = _decode_all(root, paths, data.resolution, data.channels, data.crop)
-    if len(errors) > UNREADABLE_SHARE * len(paths):
-        first = "; ".join(f"{path}: {error}" for path, error in list(errors.items())[:3])
-        raise StageError(
-            f"{root}: {len(errors)} of {len(paths)} images cannot be read, more than {UNREADABLE_SHARE:.0%}; "
+            f"{where}: {len(unreadable)} of {total} images cannot be read, more than {UNREADABLE_SHARE:.0%}; "
             f"the first: {first}. Repair or remove them"
         )
-    rows = np.flatnonzero([path not in errors for path in paths])
-    classes, labels = None, None
-    if names is not None:
-        kinds, inverse = np.unique(names, return_inverse=True)
-        classes, labels = kinds.tolist(), inverse.astype(np.int64)
-    if sides is None:
-        groups = np.zeros(len(rows), np.int64) if labels is None else labels[rows]
-        drawn = _draw_split(groups, data.test_fraction, data.seed)
-        splits = {split: rows[index] for split, index in drawn.items()}
-    else:
-        splits = {split: rows[np.asarray(sides)[rows] == split] for split in SPLITS}
-    if not all(index.size for index in splits.values()):
+    if not all(len(rows) for rows in kept.values()):
         raise StageError(
-            f"{root}: {len(rows)} readable images give {splits['train'].size} to train on and "
-            f"{splits['test'].size} to test with: expected at least one of each, and two of some class"
-        )
-    source = {
-        "from": str(root),
-        "split": _how_drawn(data) if sides is None else "by the folders train and test",
-        "files": len(paths),
-    }
-    unreadable = [{"path": path, "error": error} for path, error in errors.items()]
-    return _Set(images, splits, source, labels, classes, unreadable)
-
-
-def _image_files(root: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield path and reader of every image in a folder or archive, in stored order; call a reader before the next one.
-
-    Archives are read as a stream: nothing is written to disk, whatever paths they name.
-
-    Raises:
-        StageError: If the folder or archive cannot be read to its end.
-    """
-    try:
-        if root.is_dir():
-            for folder, _, names in os.walk(root, onerror=_reraise, followlinks=True):
-                for name in names:
-                    file = Path(folder, name)
-                    inside = PurePosixPath(file.relative_to(root).as_posix())
-                    if _is_image(inside):
-                        yield str(inside), file.read_bytes
-        else:
-            with tarfile.open(root, "r|*") as archive:
-                for member in archive:
-                    inside = PurePosixPath(member.name)
-                    if not member.isdir() and _is_image(inside):
-                        yield str(inside), partial(_extract, archive, member)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise StageError(
-            f"{root} cannot be read: {error}; expected a folder or a whole .tar, .tar.gz or .tgz of images"
-        ) from error
-
-
-def _reraise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it may not list
-
-
-def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    if file is None:
-        raise OSError("not a regular file")
-    return file.read()
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
-
-
-def _layout(paths: list[str]) -> tuple[list[str] | None, list[str] | None]:
-    """Read split and label of every image from its folders.
-
-    Folders that all images share say nothing (a wrapper such as cifar10/, or the only class), so they are skipped
-    first. Then train/ and test/, where both exist, are the split, and the next folder is the label.
-
-    Args:
-        paths: Of the images, relative to the root.
-
-    Returns:
-        "train" or "test" of each image, and its label; None in place of what the folders do not tell. Labels need
-        two classes: with one there is nothing to tell apart.
-
-    Raises:
-        StageError: If there are images beside train/ and test/, which could be meant for either or for neither.
-    """
-    folders = [PurePosixPath(path).parts[:-1] for path in paths]
-    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False)))
-    folders = [folder[shared:] for folder in folders]
-    sides = None
-    if {("train",), ("test",)} <= {folder[:1] for folder in folders}:
-        beside = [
-            path for path, folder in zip(paths, folders, strict=True) if folder[:1] not in {("train",), ("test",)}
-        ]
-        if beside:
-            raise StageError(
-                f"{len(beside)} images lie beside the folders train and test, the first is {beside[0]}: "
-                "expected all images below these two, or no such folders"
-            )
-        sides = [folder[0] for folder in folders]
-        folders = [folder[1:] for folder in folders]
-    labels = [folder[0] for folder in folders if folder]
-    return sides, labels if len(labels) == len(paths) and len(set(labels)) > 1 else None
-
-
-def _decode_all(
-    root: Path, paths: list[str], resolution: int, channels: int, crop: int | None
-) -> tuple[Images, dict[str, str]]:
-    """Decode the images into one array, row i from paths[i]; also the error of each file that cannot be, by path."""
-    rows = {path: row for row, path in enumerate(paths)}
-    images = np.zeros((len(paths), channels, resolution, resolution), np.uint8)
-    errors = dict.fromkeys(paths, "gone between listing and reading")
-    for path, read in tqdm(_image_files(root), "images", len(paths), unit="", disable=None):
-        row = rows[path]
-        try:
-            images[row] = _decode(read(), resolution, channels, crop)
-        except BROKEN as error:
-            errors[path] = f"{type(error).__name__}: {error}"
-        else:
-            errors.pop(path, None)  # an archive may hold a path twice: the last one counts
-    return images, errors
-
-
-def _decode(content: bytes, resolution: int, channels: int, crop: int | None) -> Images:
-    """Decode one image file, upright and on white, scale its shortest side to `resolution`, crop the centre.
-
-    Args:
-        content: The file's bytes.
-        resolution: Side of the result, in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        crop: Side of the square at the centre that is kept of the file's pixels, before scaling; None keeps all.
-
-    Returns:
-        uint8, (channels, resolution, resolution).
-
-    Raises:
-        ValueError: On an image smaller than the crop, on 32-bit pixels, whose range is not known, and on other content
-            than an image.
-        BROKEN: On a broken image.
-    """
-    try:
-        file = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:  # its message holds a memory address, another one in every run
-        raise ValueError(f"{len(content)} bytes in no known image format") from error
-    image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}: expected 8 or 16 bits per channel")
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if crop is not None:
-        if min(image.size) < crop:
-            raise ValueError(f"{image.width}x{image.height} pixels, fewer than data.crop={crop}")
-        image = _centre(image, crop)
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    # Pillow widens the bilinear kernel when it shrinks: antialiased
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    image = _centre(image, resolution)
-    return np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
-
-
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def _patches(data: Data) -> _Set:
-    from sklearn.datasets import load_sample_image
-
-    _expect_no_root(data)
-    photographs: list[Images] = [load_sample_image(photograph["file"]) for photograph in PHOTOGRAPHS]
-    height, width, _ = photographs[0].shape
-    most = min(height, width // 2)
-    side = data.resolution
-    if side is None or side > most:
-        shown = "null" if side is None else side
-        raise ParamsError(f"data.resolution={shown}: expected a whole number from 2 to {most} with data=patches")
-    corners = _patch_corners(height, width, side, data.test_fraction)
-    patches = {
-        split: [photo[top : top + side, left : left + side] for photo in photographs for top, left in corners[split]]
-        for split in SPLITS
-    }
-    images = np.stack(patches["train"] + patches["test"]).transpose(0, 3, 1, 2)
-    _expect_own_shape(data, images)
-    rows = np.arange(len(images))
-    cut = len(patches["train"])
-    source = {
-        "from": "scikit-learn's load_sample_image",
-        "split": f"by region: the right of each photograph for test, test_fraction {data.test_fraction:g}",
-        "photographs": list(PHOTOGRAPHS),
-    }
-    return _Set(images, {"train": rows[:cut], "test": rows[cut:]}, source)
-
-
-def _patch_corners(height: int, width: int, side: int, test_fraction: float) -> dict[str, list[tuple[int, int]]]:
-    """Where the patches of one photograph lie: a grid of stride side // 2 on either side of a vertical cut.
-
-    The right `test_fraction` of the width, at least one patch, is for test; no patch crosses the cut, so that no
-    pixel is in both splits.
-
-    Args:
-        height: Of the photograph, in pixels, at least `side`.
-        width: Of the photograph, in pixels, at least twice `side`.
-        side: Of the patches, in pixels, at least 2.
-        test_fraction: Share of the width, in (0, 1).
-
-    Returns:
-        (top, left) of every patch of each split.
-    """
-    cut = min(max(round(width * (1 - test_fraction)), side), width - side)
-    tops = range(0, height - side + 1, side // 2)
-    lefts = {"train": range(0, cut - side + 1, side // 2), "test": range(cut, width - side + 1, side // 2)}
-    return {split: [(top, left) for top in tops for left in lefts[split]] for split in SPLITS}
-
-
-def _expect_no_root(data: Data) -> None:
-    if data.root is not None:
-        raise ParamsError(
-            f"data.root={data.root!r}: expected null with data={data.name}, which is read from scikit-learn; "
-            "data=image_folder takes a folder"
+            f"{where}: {total - len(unreadable)} readable images give {len(kept['train'])} to train on and "
+            f"{len(kept['test'])} to test with: expected at least one of each, and two of some class"
         )
 
 
-def _expect_own_shape(data: Data, images: Images) -> None:
-    takers = {"resolution": "image_folder and patches take a resolution", "channels": "image_folder takes channels"}
-    for key, own in (("resolution", images.shape[2]), ("channels", images.shape[1])):
-        value = getattr(data, key)
-        if value not in (None, own):
-            raise ParamsError(f"data.{key}={value}: expected {own} or null with data={data.name}; only {takers[key]}")
-
-
-def _draw_split(groups: Labels, test_fraction: float, seed: int) -> dict[str, Rows]:
-    """Draw the same share of every group for test, at least one and not all where the group has two or more.
+class _Array:
+    """An .npy file of images that are written in any order, without holding them; rows left out are closed up.
 
     Args:
-        groups: (N,), the group of each image: its label, or one number for all.
-        test_fraction: In (0, 1).
-        seed: Of the draw.
-
-    Returns:
-        Row numbers of each split, ascending; together 0 to N - 1.
+        file: Empty, open to read and write.
+        n: How many images there are at most.
+        shape: (C, H, W).
     """
-    rng = np.random.default_rng(seed)
-    is_test = np.zeros(len(groups), np.bool_)
-    for group in np.unique(groups):
-        members = rng.permutation(np.flatnonzero(groups == group))
-        n = len(members)
-        is_test[members[: min(max(round(n * test_fraction), 1), n - 1)]] = True
-    return {"train": np.flatnonzero(~is_test), "test": np.flatnonzero(is_test)}
+
+    def __init__(self, file: IO[bytes], n: int, shape: tuple[int, int, int]) -> None:
+        self.file, self.shape, self.stride = file, shape, int(np.prod(shape))
+        self.written = np.zeros(n, np.bool_)
+        self._header(n)
+        self.start = file.tell()
+
+    def write(self, row: int, image: Images) -> None:
+        self.file.seek(self.start + int(row) * self.stride)
+        self.file.write(image.tobytes())
+        self.written[row] = True
+
+    def drop(self, row: int) -> None:
+        self.written[row] = False
+
+    def finish(self) -> str:
+        """Move the rows that were written together; the SHA-256 of the array's bytes."""
+        digest = hashlib.sha256()
+        rows = np.flatnonzero(self.written)
+        step = max(1, BLOCK // self.stride)
+        for first in range(0, len(rows), step):
+            block = rows[first : first + step]
+            self.file.seek(self.start + int(block[0]) * self.stride)
+            span = self.file.read(int(block[-1] + 1 - block[0]) * self.stride)
+            content = np.frombuffer(span, np.uint8).reshape(-1, self.stride)[block - block[0]]
+            if block[-1] >= first + len(block):
+                self.file.seek(self.start + first * self.stride)
+                self.file.write(content.tobytes())
+            digest.update(content.data)
+        self.file.truncate(self.start + len(rows) * self.stride)
+        self._header(len(rows))
+        return digest.hexdigest()
+
+    def _header(self, n: int) -> None:
+        """Write the head of the file, whose length does not depend on n: numpy leaves room for it to grow."""
+        self.file.seek(0)
+        kind = {"descr": "|u1", "fortran_order": False, "shape": (n, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, kind)
 
 
-def _how_drawn(data: Data) -> str:
-    return f"drawn with seed {data.seed}, test_fraction {data.test_fraction:g}"
-
-
-def _write_split(folder: Path, split: str, found: _Set) -> dict[str, Any]:
-    """Write the arrays of one split and return its entry in the manifest."""
-    rows = found.splits[split]
-    entry: dict[str, Any] = {
-        "n": len(rows),
-        "sha256": _save_rows(folder / f"{split}.npy", found.images, rows),
-        "labels_sha256": None,
-        "per_class": None,
-    }
+def _entry(folder: Path, split: str, kept: Rows, digest: str, found: ImageSet) -> dict[str, Any]:
+    """Write the labels of one split; what the manifest says of it."""
+    entry: dict[str, Any] = {"n": len(kept), "sha256": digest, "labels_sha256": None, "per_class": None}
     if found.labels is not None and found.classes is not None:
-        entry["labels_sha256"] = _save_rows(folder / f"{split}_labels.npy", found.labels, rows)
-        counts = np.bincount(found.labels[rows], minlength=len(found.classes))
+        labels = found.labels[kept]
+        np.save(folder / f"{split}_labels.npy", labels)
+        entry["labels_sha256"] = hashlib.sha256(labels.tobytes()).hexdigest()
+        counts = np.bincount(labels, minlength=len(found.classes))
         entry["per_class"] = dict(zip(found.classes, counts.tolist(), strict=True))
     return entry
-
-
-def _save_rows(path: Path, array: NDArray[Any], rows: Rows) -> str:
-    """Write array[rows] as .npy, a block at a time to hold no second copy; returns the SHA-256 of the array's bytes."""
-    digest = hashlib.sha256()
-    saved = np.lib.format.open_memmap(path, "w+", array.dtype, (len(rows), *array.shape[1:]))
-    for start in range(0, len(rows), 4096):
-        block = np.ascontiguousarray(array[rows[start : start + 4096]])
-        saved[start : start + 4096] = block
-        digest.update(block.data)
-    return digest.hexdigest()
 
 
 def _examples(images: Images, side: int = 10, width: int = 400) -> Image.Image:

@@ -28,6 +28,7 @@ from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint, read_json, replacing, replacing_folder, sha256, write_json
 
 OUT = Path("out/samples")
+RUNS = Path("runs")  # finished shards
 FRAMES = 25  # images in the animation
 MOST_LEVELS = 60  # in the animation
 YARDSTICK = 1_000  # images of the untrained network at most: they cost as much as samples
@@ -181,7 +182,7 @@ def make_sampler(params: _params.Params, kind: str) -> Sampler:
         denoise=params.sample.denoise,
         seed=params.sample.seed,
         space=model["space"],
-        folder=(train.RUNS / f"sample-{fingerprint(identity)}").resolve(),
+        folder=(RUNS / f"sample-{fingerprint(identity)}").resolve(),
     )
 
 

@@ -1,6 +1,6 @@
 """Choose the noise levels: sigma_1, L and epsilon from the data (Techniques 1, 2 and 4), or as given.
 
-Reads out/data and the section `noise`; writes out/schedule/schedule.json and schedule.png.
+Reads out/data, the section `noise` and train.space; writes out/schedule/schedule.json and schedule.png.
 """
 
 import warnings
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ncsn import noise
+from ncsn import images, noise
 from pipeline import _params, _stage, _track, prepare
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
@@ -22,7 +22,7 @@ def main(params: _params.Params) -> None:
         x, _ = prepare.load("train")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
-            schedule = choose(params.noise, torch.from_numpy(x))
+            schedule = choose(params.noise, torch.from_numpy(x), params.train.space)
         for key in ("sigma_1", "L", "epsilon"):
             log.info("%s = %.6g (%s)", key, schedule[key], schedule["how"][key])
         with replacing_folder(OUT) as folder:
@@ -45,14 +45,14 @@ def load(folder: Path = OUT) -> dict[str, Any]:
     return schedule
 
 
-def choose(given: _params.Noise, x: torch.Tensor) -> dict[str, Any]:
+def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict[str, Any]:
     """The schedule for images x, shape (N, C, H, W), float in [0, 1] or uint8: what is given is kept, what is null is
-    computed. Technique 1 alone reads the images."""
+    computed. Technique 1 alone reads the images; the levels are in units of the space, a key of `images.SPACES`."""
     dim, T = x[0].numel(), given.steps_per_level
     how = dict.fromkeys(("sigma_1", "L", "epsilon"), "given")
     sigma_1, L, epsilon = given.sigma_1, given.L, given.epsilon
     if sigma_1 is None:
-        sigma_1 = noise.suggest_sigma_1(x)
+        sigma_1 = noise.suggest_sigma_1(x, images.SPACES[space][0])
         how["sigma_1"] = "Technique 1: the largest distance between two training images"
         if len(x) > noise.PAIRWISE_LIMIT:
             how["sigma_1"] += f", among {noise.PAIRWISE_SAMPLE:,} of {len(x):,}"

@@ -1,38 +1,47 @@
 """Train the score network by denoising or sliced score matching, on Ray Train.
 
 Reads out/data, out/schedule and the sections `loss`, `model` and `train`; writes out/train: the averaged weights, the
-initial ones, the loss curves and previews. Checkpoints lie in runs/, under a name that hashes parameters, data and
-code: the same command goes on from the newest one, on a CPU to the same bits as a run that was never broken.
+initial ones, the loss curves and previews. Checkpoints lie in runtime.storage, under a name that hashes parameters,
+data and code: the same command goes on from the newest sound one, on a CPU to the same bits as a run that was never
+broken. SIGTERM and SIGUSR1 save a checkpoint and end with exit status 75.
 """
 
 import csv
+import json
 import math
-import shutil
+import os
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from ncsn import images, random, samplers
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
 from ncsn.networks import NCSN, NETWORKS, ScoreNetwork
-from ncsn.training import Objective, TrainState, data_order, train_draws, train_step
-from pipeline import _params, _ray, _stage, _track, prepare, schedule
-from pipeline._pictures import grid_picture, save_png
+from ncsn.training import Objective, TrainState, accumulate_gradients, data_order, train_draws, update
+from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
+from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log
-from pipeline._store import code_digest, fingerprint, read_json, replacing_folder, sha256, write_json
+from pipeline._store import Store, code_digest, fingerprint, replacing_folder, sha256, store, write_json
 
 OUT = Path("out/train")
-RUNS = Path("runs")
-KEEP = 2  # checkpoints: the newest, and one more in case the newest is damaged
 PREVIEW = 25  # images
 FEWEST = 4  # where a preview would cost more than PREVIEW_BUDGET
 PREVIEW_BUDGET = 32 * 10**6  # pixels through the network; NCSNv2 on CIFAR-10 needs 30 million for 25 images
+HELD_OUT = 500  # test images whose loss tells the best checkpoint
+HELD_OUT_BATCH = 100
+LEVEL_GROUPS = 10  # curves of the loss in MLflow, each of neighbouring levels
+SAID_EVERY = 30  # seconds between lines on the progress, where there is no terminal
+DEVICE_SHARE = 0.25  # of a GPU's free memory that the data may take
 
 
 @dataclass(frozen=True)
@@ -40,23 +49,41 @@ class Job:
     """What a worker needs to train; a plain value."""
 
     params: _params.Params
-    data: Path
+    data: _ray.Shared
+    held_out: NDArray[np.uint8]
     shape: tuple[int, ...]
     schedule: dict[str, Any]
-    folder: Path
-    run: _track.Run
+    folder: Store
 
     @property
     def network(self) -> dict[str, Any]:
         """What model.json says of the network."""
-        return describe(self.params.model, self.shape[0], self.schedule["sigmas"])
+        return describe(self.params.model, self.shape[0], self.schedule["sigmas"], self.params.train.space)
+
+
+class DivergedError(FloatingPointError):
+    """Too many gradients in a row that are not finite; the weights are still those of the last good step."""
+
+    def __init__(self, step: int, skipped: int, sigma: float | None) -> None:
+        self.step, self.skipped, self.sigma = step, skipped, sigma
+        where = "in the gradient alone" if sigma is None else f"first of all the loss at noise level sigma={sigma:.4g}"
+        super().__init__(
+            f"loss or gradient not finite in {skipped} steps in a row (train.max_skipped), up to step {step}, {where}: "
+            "lower train.learning_rate"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, float | None]]:
+        return type(self), (self.step, self.skipped, self.sigma)  # travels between processes
 
 
 def main(params: _params.Params) -> None:
     manifest, levels = prepare.manifest(), schedule.load()
     check(describe(params.model, manifest["shape"][0], levels["sigmas"]), manifest["shape"])
+    settings = _params.as_dict(params, "loss", "model", "train")
+    for how in ("micro_batch", "max_skipped"):  # change no result
+        del settings["train"][how]
     identity = {
-        "params": _params.as_dict(params, "loss", "model", "train"),
+        "params": settings,
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
         "levels": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},  # the last two: previews
@@ -71,26 +98,76 @@ def main(params: _params.Params) -> None:
             "pipeline/train.py",
         ),
     }
-    folder = (RUNS / f"train-{fingerprint(identity)}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    log.info("run folder %s", folder)
-    with _track.run(params) as run:
-        job = Job(params, prepare.OUT.resolve() / "train.npy", tuple(manifest["shape"]), levels, folder, run)
-        try:
-            with _ray.cluster(params.runtime):
-                _ray.train(fit, job, workers=_ray.most(params.runtime.workers), storage=folder)
-        except FloatingPointError as error:
-            kept = [path.name for path in checkpoints(folder)]
-            raise StageError(f"{error}; last good checkpoint: {kept[0] if kept else 'none'} in {folder}") from error
-        publish(job, fingerprint(identity))
+    name = fingerprint(identity)
+    runs = store(params.runtime.storage)
+    runs.check()
+    folder = runs / f"train-{name}"
+    claim(folder, identity)
+    log.info("run folder %s", folder.uri)
+    held_out = np.array(prepare.load("test")[0][:HELD_OUT])
+    with _stage.StopSignals() as signals, _track.run(params) as run:
+        with _ray.cluster(params.runtime):
+            digest = manifest["splits"]["train"]["sha256"]
+            data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)
+            job = Job(params, data, held_out, tuple(manifest["shape"]), levels, folder)
+            try:
+                _ray.train(fit, job, params.runtime, name=name, signals=signals, hear=Ear(run, params.train.steps))
+            except FloatingPointError as error:
+                kept = _checkpoints.steps(folder)
+                raise StageError(f"{error}; last good checkpoint: step {kept[0]} in {folder.uri}") from error
+        publish(job, name)
         run.artifact(OUT / "loss.csv", "train")
         run.artifact(OUT / "loss_per_level.csv", "train")
 
 
-def describe(model: _params.Model, channels: int, sigmas: list[float]) -> dict[str, Any]:
-    """The name and all arguments of a network for images with so many channels, and for these noise levels."""
+def claim(folder: Store, identity: dict[str, Any]) -> None:
+    """Write down what the run folder is for; raises StageError if it is for something else."""
+    text = json.dumps(identity, indent=2, sort_keys=True).encode()
+    try:
+        found = folder.read("identity.json")
+    except FileNotFoundError:
+        folder.write("identity.json", text)
+        return
+    if found != text:
+        raise StageError(
+            f"{folder.uri} holds a run of other parameters, data or code, by its identity.json: move it away, or set "
+            "runtime.storage"
+        )
+
+
+class Ear:
+    """Passes on to MLflow what worker 0 tells, and shows how far it is: by a bar on a terminal, else by lines."""
+
+    def __init__(self, run: _track.Run, total: int) -> None:
+        self.run, self.total = run, total
+        self.bar = tqdm(total=total, unit="step", disable=None, dynamic_ncols=True)
+        self.said = time.monotonic()
+
+    def __call__(self, kind: str, *what: Any) -> None:
+        if kind == "image":
+            self.run.image(*what)
+            return
+        values, step = what
+        if kind == "metrics":
+            self.run.metrics(values, step)
+            self.bar.set_postfix(loss=f"{values['train/loss']:.4g}", refresh=False)
+            if self.bar.disable and time.monotonic() - self.said > SAID_EVERY:
+                self.said = time.monotonic()
+                log.info(
+                    "step %d of %d, loss %.4g, %.0f images/s, %.2f h left",
+                    *(step, self.total, values["train/loss"]),
+                    *(values["train/images_per_second"], values["train/hours_left"]),
+                )
+        else:  # "at"
+            self.bar.initial = self.bar.last_print_n = step
+        self.bar.update(step - self.bar.n)
+
+
+def describe(model: _params.Model, channels: int, sigmas: list[float], space: str = "pixels") -> dict[str, Any]:
+    """The name and all arguments of a network for images with so many channels, for these noise levels and this space
+    of `images.SPACES`; of pixels alone it makes 2 x - 1 itself."""
     network: dict[str, Any] = {"name": model.name, "channels": channels, "width": model.width, "act": model.act}
-    network["rescale"] = True
+    network["rescale"] = space == "pixels"
     if model.multipliers is not None:
         network["multipliers"] = list(model.multipliers)
     if issubclass(NETWORKS[model.name], NCSN):
@@ -145,25 +222,236 @@ def objective(loss: _params.Loss) -> Objective:
 def fit(job: Job, world: _ray.World) -> None:
     """The training loop, on each worker; how many there are changes the numbers by float summation alone."""
     p = job.params.train
-    data = np.load(job.data, mmap_mode="r")
-    sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64)
-    state, curves = start(job, world)
-    forward = world.wrap(state.model)
-    window = torch.zeros(len(sigmas), 2, dtype=torch.float64)  # since the last row of the curves: losses, count
-    bar = world.progress(p.steps, initial=state.step, unit="step") if world.rank == 0 else None
-    while state.step < p.steps:
-        x, level, *draws = batch(job, data, sigmas, state.step, world)
-        sigma = sigmas[level].float()
+    use_precision(p.precision)
+    state, curves, window = start(job, world)
+    batches, gradients, watch = Batches(job, world), Gradients(job, state, world), Watch(job, world)
+    observer = Observer(job, state, world) if world.rank == 0 else None
+    stop = False
+    while state.step < p.steps and not stop:
+        x, level, *draws = batches(state.step)
         state.learning_rate = learning_rate(p, state.step)
-        here = (tensor.to(world.device) for tensor in (x, sigma, *draws))
-        threads = min(world.threads, len(level))
-        loss = train_step(state, *here, objective=objective(job.params.loss), forward=forward, threads=threads)
-        window.index_add_(0, level, torch.stack([loss.double().cpu(), torch.ones(len(level))], 1).double())
-        if due(state.step, p.log_every, p.steps):
-            curves = torch.cat([curves, row(state.step, world.sum(window))])
-            window.zero_()
-        if bar is not None:
-            observe(job, state, curves, bar)
+        loss, stop = gradients(x, level, *draws)
+        norm = update(state, loss, lambda tensors: world.sum(*tensors))
+        watch(state.step, level, loss, norm)
+        window.index_add_(0, level, torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()], 1).double())
+        if stop or due(state.step, p.log_every, p.steps):
+            watch.settle()
+            world.sum(window)
+            total = window.cpu()
+            if due(state.step, p.log_every, p.steps):
+                curves = torch.cat([curves, row(state.step, total)])
+                total = torch.zeros_like(total)
+            window.copy_(total if world.rank == 0 else torch.zeros_like(total))
+            if observer is not None:
+                observer(curves, total, norm, watch.skipped, stop)
+
+
+class Batches:
+    """This worker's shares of the global batches: images (B, C, H, W) in the network's space, levels (B,), noise shaped
+    like the images; for sliced score matching also n directions an image, (B, n, C, H, W).
+
+    Everything is a function of the seed and of the samples' global numbers. The bytes lie on the device if they fit;
+    where they do not, a thread reads those of the next batch.
+    """
+
+    def __init__(self, job: Job, world: _ray.World) -> None:
+        self.job, self.world = job, world
+        self.pixels = job.data.open()
+        self.sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=world.device)
+        self.to_space, _ = images.SPACES[job.params.train.space]
+        self.resident: Tensor | None = None
+        self.ahead: tuple[int, Future[Tensor]] | None = None
+        if world.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(world.device)
+            if self.pixels.nbytes < DEVICE_SHARE * free:
+                self.resident = torch.from_numpy(np.array(self.pixels)).to(world.device)
+            else:
+                self.reader = ThreadPoolExecutor(1, "reader")
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        p, device = self.job.params.train, self.world.device
+        first, last = share(step, p.batch_size, self.world)
+        index = torch.arange(first, last, device=device)
+        x = images.to_float(self.rows(step))
+        if self.job.params.data.flip:
+            x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
+        if p.dequantise:
+            x = images.dequantise(x, random.uniform(p.seed, random.TRAIN_DEQUANTISE, index, 0, x.shape[1:]))
+        x = self.to_space(x)
+        level, z = train_draws(self.sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
+        return x, level, z, *directions(self.job, index)
+
+    def rows(self, step: int) -> Tensor:
+        """The bytes of the images of this worker's share, on the device."""
+        device = self.world.device
+        if self.resident is not None:
+            return self.resident[self.order(step, device)]
+        if device.type == "cpu":
+            return self.read(step)
+        now = self.ahead[1].result() if self.ahead is not None and self.ahead[0] == step else self.read(step)
+        self.ahead = step + 1, self.reader.submit(self.read, step + 1)
+        return now.to(device, non_blocking=True)
+
+    def read(self, step: int) -> Tensor:
+        rows = torch.from_numpy(self.pixels[self.order(step, torch.device("cpu")).numpy()])
+        return rows.pin_memory() if self.world.device.type == "cuda" else rows
+
+    def order(self, step: int, device: torch.device) -> Tensor:
+        p = self.job.params.train
+        first, last = share(step, p.batch_size, self.world)
+        return data_order(len(self.pixels), seed=p.seed, first=first, count=last - first, device=device)
+
+
+def share(step: int, batch_size: int, world: _ray.World) -> tuple[int, int]:
+    """Global numbers of the first sample of a step that is this worker's, and of the first one that is no more."""
+    first, last = (step * batch_size + batch_size * rank // world.size for rank in (world.rank, world.rank + 1))
+    return first, last
+
+
+def directions(job: Job, index: Tensor) -> tuple[Tensor, ...]:
+    """What sliced score matching projects on, for the samples with these numbers; nothing for the other objective."""
+    if job.params.loss.name == "dsm":
+        return ()
+    shape = (job.params.loss.projections, *job.shape)
+    return (random.signs(job.params.train.seed, random.TRAIN_DIRECTION, index, 0, shape),)
+
+
+class Gradients:
+    """Computes the gradients of this worker's share; where memory does not suffice, in smaller parts from then on."""
+
+    def __init__(self, job: Job, state: TrainState, world: _ray.World) -> None:
+        self.state, self.world, self.p = state, world, job.params.train
+        self.objective = objective(job.params.loss)
+        self.sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=world.device).float()
+        self.forward = torch.compile(state.model, dynamic=False) if job.params.runtime.compile else None
+        self.most = self.p.micro_batch or -(-self.p.batch_size // world.size)
+
+    def __call__(self, x: Tensor, level: Tensor, *draws: Tensor) -> tuple[Tensor, bool]:
+        """Loss of each example, and whether training is to stop after this step, which all workers know together."""
+        while True:
+            loss = self._try(x, self.sigmas[level], *draws)
+            full, stop = self.world.any(loss is None, self.world.asked_to_stop())
+            if loss is not None and not full:
+                return loss, stop
+            if self.most == 1:
+                raise StageError("out of memory with one image at a time: take a smaller model or data.resolution")
+            self.most = -(-self.most // 2)
+            if self.world.rank == 0:
+                log.warning("out of memory: going on with train.micro_batch=%d, the same updates", self.most)
+
+    def _try(self, x: Tensor, sigma: Tensor, *draws: Tensor) -> Tensor | None:
+        try:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.p.precision == "bf16"):
+                return accumulate_gradients(
+                    self.state,
+                    x,
+                    sigma,
+                    *draws,
+                    objective=self.objective,
+                    forward=self.forward,
+                    total=self.p.batch_size,
+                    micro_batch=self.most,
+                    threads=min(self.world.threads, self.most, len(x)),
+                )
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        # Here, where the error and what its traceback holds are gone
+        self.state.optimizer.zero_grad()
+        if x.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory, or this machine's, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class Watch:
+    """Counts skipped steps, a step late so that no device waits for it, and ends a run that skips too many in a row."""
+
+    def __init__(self, job: Job, world: _ray.World) -> None:
+        self.most, self.sigmas, self.world = job.params.train.max_skipped, job.schedule["sigmas"], world
+        self.skipped = self.in_a_row = 0
+        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def __call__(self, step: int, level: Tensor, loss: Tensor, norm: Tensor) -> None:
+        """Take note of a step: its number counted from 1, each example's level and loss, the gradient's norm."""
+        first_bad = torch.where(loss.isfinite(), len(self.sigmas), level).min()
+        told = torch.stack([norm.double(), first_bad.double()]).to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if norm.is_cuda else None
+        if event is not None:
+            event.record()
+        self.settle()
+        self.pending = step, told, event
+
+    def settle(self) -> None:
+        """Look at the last step noted; raises DivergedError, on all workers at once."""
+        if self.pending is None:
+            return
+        (step, told, event), self.pending = self.pending, None
+        if event is not None:
+            event.synchronize()
+        norm, first_bad = told.tolist()
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.world.rank == 0:
+            log.warning("step %d skipped: its loss or gradient is not finite", step)
+        if self.in_a_row >= self.most:
+            bad = self.world.any(*(level == first_bad for level in range(len(self.sigmas))))
+            raise DivergedError(step, self.in_a_row, self.sigmas[bad.index(True)] if any(bad) else None)
+
+
+class Observer:
+    """What worker 0 does beside training: log, draw, save; in this order, so that what is saved has its previews."""
+
+    def __init__(self, job: Job, state: TrainState, world: _ray.World) -> None:
+        self.job, self.state, self.world = job, state, world
+        world.tell("at", {}, state.step)
+        self.since = time.monotonic(), state.step
+
+    def __call__(self, curves: Tensor, window: Tensor, norm: Tensor, skipped: int, stop: bool) -> None:
+        p, step = self.job.params.train, self.state.step
+        if due(step, p.log_every, p.steps):
+            self.world.tell("metrics", self.metrics(curves, norm, skipped), step)
+        if due(step, p.preview_every, p.steps):
+            preview(self.job, self.state, self.world)
+        if stop or due(step, p.save_every, p.steps):
+            save(self.job, self.state, curves, window)
+        if stop:
+            log.warning("step %d is saved in %s", step, self.job.folder.uri)
+
+    def metrics(self, curves: Tensor, norm: Tensor, skipped: int) -> dict[str, float]:
+        p, step = self.job.params.train, self.state.step
+        now = time.monotonic()
+        rate = (step - self.since[1]) / (now - self.since[0])
+        self.since = now, step
+        values = {
+            "train/loss": float(curves[-1, 1]),
+            "train/gradient_norm": float(norm),
+            "train/learning_rate": self.state.learning_rate,
+            "train/images_per_second": rate * p.batch_size,
+            "train/hours_left": (p.steps - step) / rate / 3600,
+            "train/skipped_steps": skipped,
+        }
+        if self.world.device.type == "cuda":
+            values["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        per_level = curves[-1, 2:]
+        for group in torch.arange(len(per_level)).tensor_split(min(LEVEL_GROUPS, len(per_level))):
+            values[f"train_level/{int(group[0]):04d}"] = float(per_level[group].nanmean())
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def use_precision(precision: str) -> None:
+    """Set how torch multiplies float32 on GPUs: exactly, or (tf32, bf16) with shorter factors."""
+    exact = precision == "fp32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
 
 
 def learning_rate(p: _params.Train, step: int) -> float:
@@ -176,107 +464,109 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def batch(job: Job, data: np.ndarray, sigmas: Tensor, step: int, world: _ray.World) -> tuple[Tensor, ...]:
-    """This worker's share of a global batch: images (B, C, H, W) in [0, 1], levels (B,), noise shaped like the images;
-    for sliced score matching also n directions an image, (B, n, C, H, W).
-
-    Everything is a function of the seed and of the samples' global numbers.
-    """
-    p = job.params.train
-    share = p.batch_size // world.size
-    first = step * p.batch_size + world.rank * share
-    index = torch.arange(first, first + share)
-    x = images.to_float(torch.from_numpy(data[data_order(len(data), seed=p.seed, first=first, count=share).numpy()]))
-    if job.params.data.flip:
-        x = images.flip(x, random.uniform(p.seed, random.TRAIN_FLIP, index, 0, (1,))[:, 0])
-    if p.dequantise:
-        x = images.dequantise(x, random.uniform(p.seed, random.TRAIN_DEQUANTISE, index, 0, x.shape[1:]))
-    draws: tuple[Tensor, ...] = train_draws(sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
-    if job.params.loss.name != "dsm":
-        shape = (job.params.loss.projections, *x.shape[1:])
-        draws = *draws, random.signs(p.seed, random.TRAIN_DIRECTION, index, 0, shape)
-    return x, *draws
-
-
 def row(step: int, window: Tensor) -> Tensor:
     """One row of the curves, shape (1, 2 + L): step, mean loss, mean loss of each level (NaN where there was none)."""
     total = window.sum(0)
     return torch.cat([torch.tensor([step, total[0] / total[1]]), window[:, 0] / window[:, 1]])[None]
 
 
-def observe(job: Job, state: TrainState, curves: Tensor, bar: Any) -> None:
-    """What worker 0 does beside training: log, draw, save; in this order, so that what is saved has its previews."""
-    p = job.params.train
-    if due(state.step, p.log_every, p.steps):
-        bar.update(state.step - bar.n)
-        job.run.metrics({"train/loss": float(curves[-1, 1])}, state.step)
-    if due(state.step, p.preview_every, p.steps):
-        preview(job, state)
-    if due(state.step, p.save_every, p.steps):
-        save(job.folder, state, curves)
-
-
-def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor]:
-    """The newest sound checkpoint, or the initial state."""
-    p = job.params
+def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor, Tensor]:
+    """The newest sound checkpoint, or the initial state: what is trained; the curves; and the losses and their count of
+    each level since the curves' last row, shape (L, 2), which worker 0 has of all."""
+    p, L = job.params, job.schedule["L"]
     model = initial_network(job.network, p.train.seed).to(world.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
     state = TrainState(model, optimizer, ema_decay=p.train.ema_decay, ema_warmup=p.train.ema_warmup)
-    curves = torch.empty(0, 2 + job.schedule["L"], dtype=torch.float64)
-    for folder in checkpoints(job.folder):
-        file = folder / "state.safetensors"
-        if not file.is_file() or sha256(file) != read_json(folder / "meta.json")["sha256"]:
-            log.warning("checkpoint %s is damaged and skipped", folder)
-            continue
-        tensors = load_file(file)
-        curves = tensors.pop("curves")
+    curves = torch.empty(0, 2 + L, dtype=torch.float64)
+    window = torch.zeros(L, 2, dtype=torch.float64)
+    expect_sight(job.folder)
+    found = _checkpoints.newest(job.folder)
+    if found is not None:
+        _, tensors = found
+        curves, kept = tensors.pop("curves"), tensors.pop("window")
+        window = kept if world.rank == 0 else window
         state.load_state_dict(tensors)
-        log.info("going on from %s", folder)
-        return state, curves
-    if world.rank == 0:
-        save(job.folder, state, curves)
-    return state, curves
+        if world.rank == 0 and state.step:
+            log.info("going on from step %d of %s", state.step, job.folder.uri)
+    elif world.rank == 0:
+        save(job, state, curves, window)
+    steps = torch.tensor([state.step, state.step**2], dtype=torch.float64, device=world.device)
+    world.sum(steps)
+    if world.size * steps[1] != steps[0] ** 2:
+        raise RuntimeError(f"the workers do not see the same checkpoints in {job.folder.uri}")  # try again
+    return state, curves, window.to(world.device)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+def expect_sight(folder: Store) -> None:
+    """Raise StageError if this worker does not see the run folder that the driver made."""
+    try:
+        folder.read("identity.json")
+    except FileNotFoundError as error:
+        raise StageError(
+            f"{folder.uri} is not there on {os.uname().nodename}: runtime.storage must be s3://bucket/prefix, or a "
+            "folder that all nodes share"
+        ) from error
 
 
-def save(folder: Path, state: TrainState, curves: Tensor) -> None:
-    """Write a checkpoint folder atomically and delete old ones, but for the initial one and the newest `KEEP`.
-
-    Raises:
-        FloatingPointError: If a weight is not finite; nothing is written.
-    """
-    tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} is not finite at step {state.step}: lower the learning rate")
-    with replacing_folder(folder / f"step_{state.step:08d}") as part:
-        save_file(tensors | {"curves": curves}, part / "state.safetensors")
-        write_json(part / "meta.json", {"step": state.step, "sha256": sha256(part / "state.safetensors")})
-    for old in checkpoints(folder)[KEEP:-1]:
-        shutil.rmtree(old)
+def save(job: Job, state: TrainState, curves: Tensor, window: Tensor) -> None:
+    """Write a checkpoint, and what the averaged weights lose on test images."""
+    about = {"step": state.step, "test_loss": held_out_loss(job, state)}
+    tensors = state.state_dict() | {"curves": curves, "window": window}
+    _checkpoints.write(job.folder, tensors, about, keep=job.params.runtime.keep)
 
 
-def preview(job: Job, state: TrainState) -> None:
-    """Draw `preview_size` images with the averaged weights, always from the same noise, as a file and in MLflow."""
-    index = torch.arange(preview_size(job), device=next(state.model.parameters()).device)
-    seed = job.params.train.seed
-    x = samplers.annealed_langevin(
-        state.ema.model,
-        random.start_images(seed, index, job.shape),
-        torch.tensor(job.schedule["sigmas"]),
-        epsilon=job.schedule["epsilon"],
-        steps_per_level=job.schedule["steps_per_level"],
-        noise=random.seeded_noise(seed, index),
-    )
-    picture = grid_picture(images.to_uint8(x.cpu()), columns=5)
-    save_png(picture, job.folder / "previews" / f"step_{state.step:08d}.png")
-    job.run.image(np.asarray(picture), "train/samples", state.step)
+def held_out_loss(job: Job, state: TrainState) -> float:
+    """Mean loss of the averaged weights on `HELD_OUT` test images, all levels alike, always the same draws."""
+    p = job.params
+    device = next(state.model.parameters()).device
+    sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=device)
+    to_space, _ = images.SPACES[p.train.space]
+    total = 0.0
+    for index in torch.arange(len(job.held_out), device=device).split(min(HELD_OUT_BATCH, p.train.batch_size)):
+        x = to_space(images.to_float(torch.from_numpy(job.held_out[index.cpu().numpy()]).to(device)))
+        level, z = train_draws(sigmas, x.shape[1:], seed=p.train.seed, index=index)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=p.train.precision == "bf16"):
+            loss = objective(p.loss)(state.ema.model, x, sigmas[level].float(), z, *directions(job, index))
+        total += float(loss.double().sum())
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss on test images is not finite at step {state.step}")
+    return total / len(job.held_out)
+
+
+class _StopError(Exception):
+    pass
+
+
+def preview(job: Job, state: TrainState, world: _ray.World) -> None:
+    """Draw `preview_size` images with the averaged weights, and with the last ones beside them, always from the same
+    noise, as a file and in MLflow; given up if training is to stop."""
+
+    def give_up(x: Tensor, step: int, sigma: float) -> None:
+        if world.asked_to_stop():
+            raise _StopError
+
+    index = torch.arange(preview_size(job), device=world.device)
+    seed, (to_space, to_pixels) = job.params.train.seed, images.SPACES[job.params.train.space]
+    grids = []
+    for model in (state.ema.model, state.model):
+        try:
+            x = samplers.annealed_langevin(
+                model,
+                to_space(random.start_images(seed, index, job.shape)),
+                torch.tensor(job.schedule["sigmas"]),
+                epsilon=job.schedule["epsilon"],
+                steps_per_level=job.schedule["steps_per_level"],
+                noise=random.seeded_noise(seed, index),
+                observe=give_up,
+            )
+        except _StopError:
+            return
+        grids.append(grid_picture(images.to_uint8(to_pixels(x).cpu()), columns=5))
+    picture = side_by_side(grids)
+    job.folder.write(f"previews/step_{state.step:08d}.png", png_bytes(picture))
+    world.tell("image", np.asarray(picture), "train/samples_averaged_and_last", state.step)
 
 
 def preview_size(job: Job) -> int:
@@ -288,8 +578,8 @@ def preview_size(job: Job) -> int:
 
 def publish(job: Job, name: str) -> None:
     """Write out/train from the last checkpoint of the run folder."""
-    last, first = checkpoints(job.folder)[0], checkpoints(job.folder)[-1]
-    tensors, initial = load_file(last / "state.safetensors"), load_file(first / "state.safetensors")
+    steps = _checkpoints.steps(job.folder)
+    tensors, initial = _checkpoints.read(job.folder, steps[0]), _checkpoints.read(job.folder, steps[-1])
     p = job.params
     with replacing_folder(OUT) as out:
         write_model(
@@ -298,7 +588,7 @@ def publish(job: Job, name: str) -> None:
             below(initial, "model."),
             {
                 "network": job.network,
-                "space": "pixels",
+                "space": p.train.space,
                 "step": int(tensors["step"]),
                 "ema_decay": p.train.ema_decay,
                 "seed": p.train.seed,
@@ -306,8 +596,10 @@ def publish(job: Job, name: str) -> None:
             },
         )
         write_curves(tensors["curves"], out)
-        (job.folder / "previews").mkdir(exist_ok=True)  # a person may have removed them
-        shutil.copytree(job.folder / "previews", out / "previews")
+        (out / "previews").mkdir()
+        for picture in job.folder.names():
+            if picture.startswith("previews/"):
+                job.folder.fetch(picture, out / picture)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -342,4 +634,6 @@ def write_curves(curves: Tensor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _stage.run("train", __doc__, main)
+    from pipeline import train  # since what is defined in __main__ would travel to the workers by value
+
+    _stage.run("train", __doc__, train.main)

@@ -2,63 +2,28 @@
 
 import csv
 import itertools
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline import _params, _ray, prepare, sample, schedule, train
-from pipeline._store import read_json, write_text
-from pipeline.compose import compose
+from pipeline import _params, sample
+from pipeline._store import read_json
+from tests.clones import ROOT, repository, run
 
-ROOT = Path(__file__).parent.parent
 TINY = ["-S", "experiment=tiny", "-S", "runtime.workers=2"]
 
 pytestmark = pytest.mark.graph
 
 
-def _environment():
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "RAY_", "DVC_", "GIT_"))}
-    who = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
-    return kept | who | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def _run(*command, cwd):
-    done = subprocess.run(
-        command, cwd=cwd, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    print(done.stdout)
-    return done
-
-
-def _repository(folder):
-    """This working tree, committed in a new repository."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith("dvc.lock"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
-        assert _run("git", *command, cwd=folder).returncode == 0
-    return folder
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A repository in which the tiny graph has been run by two Ray workers."""
-    folder = _repository(tmp_path_factory.mktemp("clone"))
-    done = _run("dvc", "exp", "run", *TINY, cwd=folder)
+    folder = repository(tmp_path_factory.mktemp("clone"))
+    done = run("dvc", "exp", "run", *TINY, cwd=folder)
     assert done.returncode == 0, done.stdout
     return folder
 
@@ -93,17 +58,7 @@ def test_the_graph_leaves_its_outputs(inside):
     assert not list(Path("out").rglob("*.part"))
 
 
-def test_two_workers_have_the_loss_curve_of_one(inside, tmp_path):
-    params = _params.load()
-    job = train.Job(
-        params, (prepare.OUT / "train.npy").resolve(), (1, 8, 8), schedule.load(), tmp_path / "run", _Nowhere()
-    )
-    train.fit(job, _ray.World())
-    train.write_curves(_curves(job), tmp_path)
-    assert _losses("out/train/loss.csv") == pytest.approx(_losses(tmp_path / "loss.csv"), rel=1e-4)
-
-
-def test_the_stages_shared_one_finished_run(clone):
+def test_the_stages_shared_one_finishedrun(clone):
     client, runs = _runs(clone)
     first = runs[0]
     assert first.info.status == "FINISHED"
@@ -119,7 +74,7 @@ def test_the_stages_shared_one_finished_run(clone):
 
 def test_nothing_changed_means_nothing_runs(clone):
     before = len(_runs(clone)[1])
-    done = _run("dvc", "repro", cwd=clone)
+    done = run("dvc", "repro", cwd=clone)
     assert done.returncode == 0
     assert "up to date" in done.stdout
     assert len(_runs(clone)[1]) == before
@@ -137,7 +92,7 @@ def test_nothing_changed_means_nothing_runs(clone):
 )
 def test_a_bad_override_ends_in_one_line_that_says_what_is_allowed(clone, override, message):
     before = (clone / "params.yaml").read_text()
-    done = _run("dvc", "exp", "run", *TINY, "-S", override, cwd=clone)
+    done = run("dvc", "exp", "run", *TINY, "-S", override, cwd=clone)
     assert done.returncode != 0
     (line,) = done.stdout.strip().splitlines()
     assert line.startswith("ERROR: ")
@@ -146,7 +101,7 @@ def test_a_bad_override_ends_in_one_line_that_says_what_is_allowed(clone, overri
 
 
 def test_other_params_make_a_second_run_to_compare(clone):
-    done = _run("dvc", "exp", "run", *TINY, "-S", "evaluate.seed=1", cwd=clone)
+    done = run("dvc", "exp", "run", *TINY, "-S", "evaluate.seed=1", cwd=clone)
     assert done.returncode == 0
     assert "Running stage 'sample'" not in done.stdout
     client, runs = _runs(clone)
@@ -158,49 +113,8 @@ def test_other_params_make_a_second_run_to_compare(clone):
     assert len(client.get_metric_history(second.info.run_id, "train/loss")) == 6
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(inside, tmp_path):
-    tree = compose(["experiment=tiny", "train.steps=60", "train.preview_every=60"])
-    write_text(tmp_path / "params.yaml", _params.to_yaml(tree))
-    command = [sys.executable, "-m", "pipeline.train", "--params", str(tmp_path / "params.yaml")]
-    shutil.rmtree(train.RUNS)
-    process = subprocess.Popen(
-        command,
-        cwd=inside,
-        env=_environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-    deadline = time.monotonic() + 240
-    while not list(train.RUNS.glob("train-*/step_00000008")):
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    (folder,) = train.RUNS.glob("train-*")
-    assert not (folder / "step_00000060").exists()
-    done = _run(*command, cwd=inside)
-    assert done.returncode == 0, done.stdout
-    assert "going on from" in done.stdout
-
-    params = _params.parse(tree)
-    job = train.Job(
-        params, (prepare.OUT / "train.npy").resolve(), (1, 8, 8), schedule.load(), tmp_path / "run", _Nowhere()
-    )
-    cores = len(os.sched_getaffinity(0))
-    threads = min(cores, _ray.MOST_THREADS)
-    torch.set_num_threads(cores // threads)
-    try:
-        train.fit(job, _ray.World(threads=threads))
-    finally:
-        torch.set_num_threads(1)
-    expected = (tmp_path / "run" / "step_00000060" / "state.safetensors").read_bytes()
-    assert (folder / "step_00000060" / "state.safetensors").read_bytes() == expected
-
-
 def test_an_official_checkpoint_is_drawn_from_and_judged_in_place_of_training(tmp_path):
-    folder, pictures = _repository(tmp_path / "clone"), tmp_path / "pictures"
+    folder, pictures = repository(tmp_path / "clone"), tmp_path / "pictures"
     generator = np.random.default_rng(0)
     for split, label, n in itertools.product(("train", "test"), ("dark", "light"), (12,)):
         (pictures / split / label).mkdir(parents=True)
@@ -217,7 +131,7 @@ def test_an_official_checkpoint_is_drawn_from_and_judged_in_place_of_training(tm
         ["dvc", "commit", "-f", "train"],
         ["dvc", "repro"],
     ):
-        done = _run(*command, cwd=folder)
+        done = run(*command, cwd=folder)
         assert done.returncode == 0, done.stdout
     assert "Running stage 'evaluate'" in done.stdout
     assert "Running stage 'train'" not in done.stdout
@@ -227,19 +141,3 @@ def test_an_official_checkpoint_is_drawn_from_and_judged_in_place_of_training(tm
     metrics = read_json(folder / "out" / "evaluate" / "metrics.json")
     assert metrics["fid_image_folder_16"] > 0
     assert "ncsnv2_checkpoint_4.pth" in (folder / "out" / "report.html").read_text()
-
-
-class _Nowhere:
-    """A tracking run that nobody looks at."""
-
-    def metrics(self, values, step):
-        pass
-
-    def image(self, pixels, key, step):
-        pass
-
-
-def _curves(job):
-    from safetensors.torch import load_file
-
-    return load_file(train.checkpoints(job.folder)[0] / "state.safetensors")["curves"]

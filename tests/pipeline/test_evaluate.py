@@ -75,14 +75,15 @@ def judged(tmp_path_factory: pytest.TempPathFactory, compose_params: Compose) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(evaluate._track, "run", recorder.run)
-        patch.setattr(logger, "level", logging.INFO)
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # which, unlike the attribute, undoes what loggers remember
         prepare.main(params)
         features.main(replace(params, features=replace(params.features, steps=150)))
         train = prepare.load("train")[0]
         write_samples("ema", noisy(train[:N], 20, 0))
         write_samples("untrained", noisy(np.zeros_like(train[:N_UNTRAINED]), 128, 1))
         evaluate.main(params)
+        logger.setLevel(logging.NOTSET)
         logger.removeHandler(handler)
     return Judged(folder, recorder, "\n".join(lines))
 
@@ -282,7 +283,8 @@ def test_an_extractor_that_cannot_be_had_is_an_error(workdir: Path) -> None:
     with pytest.raises(StageError, match=r"evaluate.extractor='classifier': the data set has no labels"):
         evaluate.choose_extractor(Evaluate("classifier", None, 0))
     place = workdir / "torch/hub/checkpoints" / _extractors.INCEPTION_FILE
-    with pytest.raises(StageError, match=f"the Inception weights {place} do not exist: put https://.* there, or name"):
+    message = f"the Inception weights {place} do not exist: get them with .*fetch`, put https://.* there, or name"
+    with pytest.raises(StageError, match=message):
         evaluate.choose_extractor(Evaluate("inception-v3-compat", None, 0))
     # A file that somebody named and that is not there is an error even where auto would do without.
     with pytest.raises(StageError, match=f"the Inception weights {workdir / 'mine.pth'} do not exist"):

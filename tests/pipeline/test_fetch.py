@@ -1,6 +1,7 @@
-"""Official checkpoints as the product of the stage `train`: drawn from as the library draws, refused whole."""
+"""Downloads for a later run; official checkpoints as the product of the stage `train`: drawn from rightly."""
 
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from ncsn import images, official, random, samplers
-from pipeline import fetch, prepare, sample, schedule, train
+from pipeline import _extractors, _sources, fetch, prepare, sample, schedule, train
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, write_json
+from tests.pipeline.server import serving
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 V1, V2 = GOLDEN / "ncsn_checkpoint_3.pth", GOLDEN / "ncsnv2_checkpoint_4.pth"
@@ -157,3 +159,70 @@ def test_what_is_missing_is_named(compose_params, ready):
     shutil.rmtree(schedule.OUT)
     with pytest.raises(StageError, match=r"schedule.json does not exist: write it with `dvc repro schedule`"):
         fetch.main(params, V2)
+
+
+# Without a checkpoint: what a later run needs
+
+
+@pytest.fixture
+def published(monkeypatch, workdir):
+    """A server with MNIST's four files and the Inception weights, all of them made up; what it is asked for."""
+    monkeypatch.delenv("NCSN_DATA", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(workdir / "hub"))
+    with serving() as server:
+        sources = []
+        for each in _sources.PUBLISHED["mnist"]:
+            server.files[each.name] = content = each.name.encode()
+            digest = f"md5:{hashlib.md5(content).hexdigest()}"
+            sources.append(dataclasses.replace(each, digest=digest, urls=(f"{server.url}{each.name}",)))
+        monkeypatch.setitem(_sources.PUBLISHED, "mnist", tuple(sources))
+        server.files["inception"] = b"weights"
+        monkeypatch.setattr(_extractors, "INCEPTION_URL", f"{server.url}inception")
+        monkeypatch.setattr(_extractors, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest()[:8])
+        yield server
+
+
+def test_all_that_a_later_run_needs_is_fetched_once(compose_params, published, caplog):
+    caplog.set_level("INFO", "pipeline")
+    params = compose_params("experiment=ncsn_mnist")
+    for _ in range(2):
+        fetch.main(params)
+        assert len(published.asked) == 5
+    assert sorted(path.name for path in Path("data/mnist").iterdir()) == sorted(set(published.files) - {"inception"})
+    path = _extractors.inception_path(None)
+    assert path.is_relative_to(Path("hub").absolute())
+    assert path.read_bytes() == b"weights"
+    assert f"inception-v3-compat: in place, {path}" in caplog.text
+    assert "data=mnist: in place, data/mnist/train-images-idx3-ubyte.gz, " in caplog.text
+    published.files.clear()
+    assert _extractors.inception(path).sha256 == sha256(path)  # what evaluation opens without network
+
+
+def test_inception_is_fetched_only_where_it_is_asked_for(compose_params, published, caplog, workdir):
+    caplog.set_level("INFO", "pipeline")
+    fetch.main(compose_params("data=digits"))
+    assert "data=digits: nothing to download" in caplog.text
+    assert not published.asked
+    given = compose_params(
+        "data=digits", "evaluate.extractor=inception-v3-compat", f"evaluate.inception_weights={workdir}/mine.pth"
+    )
+    fetch.main(given)
+    assert (workdir / "mine.pth").read_bytes() == b"weights"
+
+
+def test_what_cannot_be_fetched_does_not_keep_the_rest(compose_params, published, workdir):
+    del published.files["t10k-images-idx3-ubyte.gz"]
+    with pytest.raises(StageError) as caught:
+        fetch.main(compose_params("experiment=ncsn_mnist"))
+    text = str(caught.value)
+    assert text.startswith("t10k-images-idx3-ubyte.gz (1,648,877 bytes, md5:")
+    assert "HTTP 404 Not Found" in text
+    assert f"{workdir}/data/mnist/t10k-images-idx3-ubyte.gz, or name the folder that holds it" in text
+    assert "\n" not in text
+    assert _extractors.inception_path(None).is_file()
+
+
+def test_what_describes_a_checkpoint_needs_one(params):
+    for wrong in ({"rescaled": True}, {"logit_transform": True}, {"step": 3}):
+        with pytest.raises(StageError, match="expected --checkpoint FILE, too"):
+            fetch.main(params, **wrong)

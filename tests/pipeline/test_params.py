@@ -19,10 +19,10 @@ def test_the_committed_file_is_the_composition():
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(option):
-    root = [] if option == "tiny" else ["data.root=x"]
-    params = _params.parse(compose([f"experiment={option}", *root]))
+    params = _params.parse(compose([f"experiment={option}"]))
     if option != "tiny":  # published settings
-        assert params.data.name == "image_folder"
+        assert params.data.name.removeprefix("lsun_") == option.split("_", 1)[1]
+        assert params.data.root is None
         assert params.model.act == "elu"
         train = params.train
         assert (train.decay, train.warmup, train.level_power, train.beta_2) == ("constant", 0, 1, 0.999)
@@ -48,7 +48,7 @@ PUBLISHED["ncsnv2_bedroom128"] = PUBLISHED["ncsnv2_tower128"]
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "experiment").glob("ncsn*.yaml")))
 def test_experiments_have_the_published_settings(option):
-    p = _params.parse(compose([f"experiment={option}", "data.root=x"]))
+    p = _params.parse(compose([f"experiment={option}"]))
     noise, train = p.noise, p.train
     found = (
         p.data.resolution,
@@ -79,7 +79,7 @@ def test_experiments_have_the_published_settings(option):
     ],
 )
 def test_published_schedules_and_what_technique_4_makes_of_them(option, published, of_technique_4):
-    given = _params.parse(compose([f"experiment={option}", "data.root=x"])).noise
+    given = _params.parse(compose([f"experiment={option}"])).noise
     found = suggest_epsilon(geometric_sigmas(given.sigma_1, given.sigma_L, given.L), given.steps_per_level)
     assert found == pytest.approx(of_technique_4, rel=0.005)
     assert given.epsilon == published
@@ -88,9 +88,7 @@ def test_published_schedules_and_what_technique_4_makes_of_them(option, publishe
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data=fashion_mnist"],
-        ["data=patches"],
-        ["data=image_folder", "data.root=x", "data.resolution=32"],
+        *([f"data={path.stem}", "data.root=x", "data.resolution=32"] for path in (CONF / "data").glob("*.yaml")),
         ["noise=ncsn"],
         *([f"model={path.stem}"] for path in (CONF / "model").glob("*.yaml")),
         *([f"loss={path.stem}"] for path in (CONF / "loss").glob("*.yaml")),
@@ -123,7 +121,7 @@ def test_an_override_reaches_its_key_with_its_type():
         ("train.ema_decay=1", "train.ema_decay=1.0: expected a number from 0 to less than 1"),
         ("train.seed=-1", "train.seed=-1: expected a whole number from 0 to 2^32 - 1"),
         ("data.flip=1", "data.flip=1: expected true or false"),
-        ("data.name=cifar", "data.name='cifar': expected one of digits, fashion_mnist, patches, image_folder"),
+        ("data.name=cifar", "data.name='cifar': expected one of digits, mnist, fashion_mnist, cifar10, "),
         ("data.crop=140", "data.crop=140: expected null with data=digits"),
         ("model.name=unet", "model.multipliers=None: expected null but for model.name=unet, which needs them; got"),
         ("model.multipliers=[1,2]", "model.multipliers=(1, 2): expected null but for model.name=unet"),
@@ -152,7 +150,7 @@ def test_bad_values_are_named_with_what_is_allowed(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data=cifar", "Could not find 'data/cifar' Available options in 'data': digits"),
+        ("data=cifar", "Could not find 'data/cifar' Available options in 'data': celeba32 celeba64 cifar10 digits"),
         ("nonsense", "nonsense"),
         ("train=null", "must be a string or a list"),
     ],
@@ -200,3 +198,15 @@ def test_compose_writes_the_file(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert _params.load(tmp_path / "params.yaml").noise.L == 20
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_data_set_has_the_name_of_its_option_and_says_if_it_is_cropped(path):
+    data = _params.parse(compose([f"data={path.stem}", "data.root=x", "data.resolution=32"])).data
+    assert data.name == path.stem
+    overrides = [f"data={path.stem}", "data.root=x", "data.resolution=32", "data.crop=30"]
+    if path.stem in ("celeba32", "celeba64", "image_folder"):
+        assert _params.parse(compose(overrides)).data.crop == 30
+    else:
+        with pytest.raises(_params.ParamsError, match=f"data.crop=30: expected null with data={path.stem}"):
+            _params.parse(compose(overrides))

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from pipeline import prepare
+from pipeline import _datasets, _sources, prepare
 from pipeline._params import Params, ParamsError
 from pipeline._stage import StageError
 
+FASHION_MNIST = _sources.PUBLISHED["fashion_mnist"]
 Compose = Callable[..., Params]
 pytestmark = pytest.mark.usefixtures("workdir")
 
@@ -132,7 +133,7 @@ def test_same_seed_same_bytes_other_seed_other_split(prepared: Prepared) -> None
 
 def test_draw_split_is_a_partition() -> None:
     groups = np.random.default_rng(0).integers(0, 5, 200)
-    splits = prepare._draw_split(groups, 0.25, 7)
+    splits = _datasets.draw_split(groups, 0.25, 7)
     assert sorted([*splits["train"], *splits["test"]]) == list(range(200))
     for rows in splits.values():
         assert set(groups[rows]) == set(range(5))
@@ -140,7 +141,7 @@ def test_draw_split_is_a_partition() -> None:
 
 @pytest.mark.parametrize("fraction", [1e-6, 1 - 1e-6])
 def test_draw_split_keeps_every_class_in_both(fraction: float) -> None:
-    splits = prepare._draw_split(np.array([0, 0, 1, 1, 2]), fraction, 0)
+    splits = _datasets.draw_split(np.array([0, 0, 1, 1, 2]), fraction, 0)
     groups = {split: {int(row) // 2 for row in rows} for split, rows in splits.items()}
     assert groups == {"train": {0, 1, 2}, "test": {0, 1}}
 
@@ -266,12 +267,18 @@ def test_broken_gzip(prepared: Prepared, workdir: Path) -> None:
         prepared("fashion_mnist", root=str(workdir))
 
 
-def test_missing_fashion_mnist_names_path_and_fix(prepared: Prepared, workdir: Path) -> None:
-    fix = r"`apt-get install dataset-fashion-mnist` or give its folder as data\.root="
-    with pytest.raises(StageError, match=rf"data\.root=/no/such: no such folder; .*{fix}"):
-        prepared("fashion_mnist", root="/no/such")
-    with pytest.raises(StageError, match=rf"{workdir}/train-images-idx3-ubyte does not exist, nor .*\.gz.*{fix}"):
+def test_missing_fashion_mnist_names_path_and_fix(
+    prepared: Prepared, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tuple(replace(each, urls=(f"http://no-such-host.invalid/{each.name}",)) for each in FASHION_MNIST)
+    monkeypatch.setitem(_sources.PUBLISHED, "fashion_mnist", files)
+    with pytest.raises(StageError) as caught:
         prepared("fashion_mnist", root=str(workdir))
+    assert f"at {workdir}/train-images-idx3-ubyte.gz, `apt-get install dataset-fashion-mnist`, or name the" in str(
+        caught.value
+    )
+    with pytest.raises(StageError, match=r"data\.root=/no/such does not exist: expected the folder that holds"):
+        prepared("fashion_mnist", root="/no/such")
 
 
 def test_fashion_mnist_keeps_its_own_size(prepared: Prepared, workdir: Path) -> None:
@@ -527,12 +534,12 @@ def test_folders_train_and_test_are_the_split(prepared: Prepared, workdir: Path)
     ],
 )
 def test_layout(paths: list[str], sides: list[str] | None, labels: list[str] | None) -> None:
-    assert prepare._layout(paths) == (sides, labels)
+    assert _datasets.layout(paths) == (sides, labels)
 
 
 def test_images_beside_train_and_test_are_an_error() -> None:
     with pytest.raises(StageError, match=r"1 images lie beside the folders train and test, the first is val/c\.png"):
-        prepare._layout(["test/a.png", "train/b.png", "val/c.png"])
+        _datasets.layout(["test/a.png", "train/b.png", "val/c.png"])
 
 
 # Patches
@@ -552,7 +559,7 @@ def test_patches(prepared: Prepared) -> None:
     photographs = load_sample_images().images
     assert (train[0].transpose(1, 2, 0) == photographs[0][:64, :64]).all()
     last = prepare.load("test")[0][-1].transpose(1, 2, 0)
-    top, left = prepare._patch_corners(427, 640, 64, 0.2)["test"][-1]
+    top, left = _datasets.patch_corners(427, 640, 64, 0.2)["test"][-1]
     assert (last == photographs[1][top : top + 64, left : left + 64]).all()
 
 
@@ -560,7 +567,7 @@ def test_patches(prepared: Prepared) -> None:
 @pytest.mark.parametrize("test_fraction", [0.001, 0.2, 0.5, 0.999])
 def test_no_pixel_is_in_both_splits(side: int, test_fraction: float) -> None:
     covered = {}
-    for split, corners in prepare._patch_corners(61, 90, side, test_fraction).items():
+    for split, corners in _datasets.patch_corners(61, 90, side, test_fraction).items():
         covered[split] = np.zeros((61, 90), bool)
         assert corners
         assert len(set(corners)) == len(corners)
@@ -572,7 +579,7 @@ def test_no_pixel_is_in_both_splits(side: int, test_fraction: float) -> None:
 
 
 def test_patches_overlap_by_half() -> None:
-    corners = prepare._patch_corners(427, 640, 32, 0.2)
+    corners = _datasets.patch_corners(427, 640, 32, 0.2)
     assert corners["train"][:2] == [(0, 0), (0, 16)]
     assert min(left for _, left in corners["test"]) == 512
     assert max(left for _, left in corners["train"]) == 480

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -16,38 +15,71 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from ncsn import images
 from ncsn.losses import denoising_score_matching
 from ncsn.training import train_draws
-from pipeline import _ray, _track, schedule, train
+from pipeline import _checkpoints, _ray, _track, schedule, train
 from pipeline._stage import StageError
+from pipeline._store import store
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 class _Log:
-    """Stands where the MLflow run would; keeps what it is given."""
+    """Hears what the workers tell, as the driver would."""
 
     def __init__(self):
         self.rows, self.pictures = [], []
 
-    def metrics(self, values, step):
-        self.rows.append((step, values))
+    def __call__(self, kind, *what):
+        if kind == "metrics":
+            values, step = what
+            self.rows.append((step, values))
+        elif kind == "image":
+            _, key, step = what
+            self.pictures.append((key, step))
 
-    def image(self, pixels, key, step):
-        self.pictures.append((key, step))
+
+@pytest.fixture
+def heard():
+    return _Log()
+
+
+@pytest.fixture
+def world(heard):
+    return _ray.World(tell=heard)
+
+
+def _job(params, x, folder):
+    np.save(folder / "train.npy", x)
+    levels = schedule.choose(params.noise, torch.from_numpy(x) / 255)
+    runs = store(str(folder / "runs"))
+    train.claim(runs / "run", {})
+    return train.Job(params, _ray.Shared(path=folder / "train.npy"), x[:20], x.shape[1:], levels, runs / "run")
+
+
+def _elsewhere(job, name):
+    """The same job in another run folder."""
+    folder = store(f"{job.folder.uri}-{name}")
+    train.claim(folder, {})
+    return dataclasses.replace(job, folder=folder)
+
+
+def _with(job, **changes):
+    """The job with other values of params.train."""
+    return dataclasses.replace(
+        job, params=dataclasses.replace(job.params, train=dataclasses.replace(job.params.train, **changes))
+    )
 
 
 @pytest.fixture
 def job(compose_params, workdir):
     params = compose_params("experiment=tiny", "data.flip=true")
-    x = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), dtype=np.uint8)
-    np.save(workdir / "train.npy", x)
-    levels = schedule.choose(params.noise, torch.from_numpy(x) / 255)
-    return train.Job(params, workdir / "train.npy", (1, 8, 8), levels, workdir / "run", _Log())
+    return _job(params, np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), dtype=np.uint8), workdir)
 
 
 @pytest.fixture
-def learn(compose_params, workdir):
+def learn(compose_params, workdir, world):
     """Train on real digits for 40 steps of 16; the DSM loss of the averaged weights on other noise, and the curves."""
 
     def run(*overrides):
@@ -63,13 +95,11 @@ def learn(compose_params, workdir):
             *overrides,
         )
         x = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[:, None]
-        np.save(workdir / "train.npy", x)
-        levels = schedule.choose(params.noise, torch.from_numpy(x) / 255)
-        job = train.Job(params, workdir / "train.npy", (1, 8, 8), levels, workdir / "run", _Log())
+        job = _job(params, x, workdir)
         train.check(job.network, [1, 8, 8])
-        train.fit(job, _ray.World())
-        state, curves = train.start(job, _ray.World())
-        sigmas, index = torch.tensor(levels["sigmas"]), torch.arange(256)
+        train.fit(job, world)
+        state, curves, _ = train.start(job, world)
+        sigmas, index = torch.tensor(job.schedule["sigmas"]), torch.arange(256)
         level, z = train_draws(sigmas, (1, 8, 8), seed=1, index=index)
         with torch.no_grad():
             x = torch.from_numpy(x[:256]) / 255
@@ -79,46 +109,74 @@ def learn(compose_params, workdir):
 
 
 def _weights(job):
-    return (train.checkpoints(job.folder)[0] / "state.safetensors").read_bytes()
+    step = _checkpoints.steps(job.folder)[0]
+    return (job.folder / f"step_{step:08d}").read("state.safetensors")
 
 
-def test_a_broken_run_goes_on_to_the_same_bits(job, monkeypatch):
-    unbroken = dataclasses.replace(job, folder=job.folder.with_name("unbroken"))
-    train.fit(unbroken, _ray.World())
+def _tensors(job):
+    return _checkpoints.read(job.folder, _checkpoints.steps(job.folder)[0])
 
-    observe = train.observe
 
-    def breaks(job, state, curves, bar):
-        observe(job, state, curves, bar)
-        if state.step == 7:
+def test_a_broken_run_goes_on_to_the_same_bits(job, world, monkeypatch):
+    unbroken = _elsewhere(job, "unbroken")
+    train.fit(unbroken, world)
+
+    observe = train.Observer.__call__
+
+    def breaks(self, *what):
+        observe(self, *what)
+        if self.state.step == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "observe", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        train.fit(job, _ray.World())
-    assert [path.name for path in train.checkpoints(job.folder)] == ["step_00000004", "step_00000000"]
-    monkeypatch.setattr(train, "observe", observe)
-    train.fit(job, _ray.World())
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Observer, "__call__", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(job, world)
+    assert _checkpoints.steps(job.folder) == [4, 0]
+    train.fit(job, world)
     assert _weights(job) == _weights(unbroken)
 
 
-def test_a_run_killed_in_its_last_preview_draws_it_when_it_goes_on(job, monkeypatch):
-    def killed(job, state):
+def test_asked_to_stop_it_saves_at_once_and_goes_on_to_the_same_bits(job, world):
+    unbroken = _elsewhere(job, "unbroken")
+    train.fit(unbroken, world)
+    asked = iter([False] * 4 + [True])
+    train.fit(job, dataclasses.replace(world, asked_to_stop=lambda: next(asked)))
+    assert _checkpoints.steps(job.folder) == [5, 4, 0]  # between two rows of the curves
+    assert _tensors(job)["window"].sum() > 0
+    train.fit(job, world)
+    one, other = _tensors(job), _tensors(unbroken)
+    for name, value in other.items():
+        if name != "curves":
+            assert torch.equal(one[name], value), name
+    torch.testing.assert_close(one["curves"], other["curves"], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_asked_to_stop_in_a_preview_it_gives_the_preview_up(job, world):
+    asked = iter([False] * 12 + [True] * 2)
+    train.fit(job, dataclasses.replace(world, asked_to_stop=lambda: next(asked)))
+    assert _checkpoints.steps(job.folder)[0] == 12
+    assert not [name for name in job.folder.names() if name.startswith("previews/")]
+    assert next(asked, None) is True  # asked once in the preview, which was its end
+
+
+def test_a_run_killed_in_its_last_preview_draws_it_when_it_goes_on(job, world, monkeypatch):
+    def killed(job, state, world):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "preview", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(job, _ray.World())
-    assert train.checkpoints(job.folder)[0].name == "step_00000008"
-    train.fit(job, _ray.World())
+            train.fit(job, world)
+    assert _checkpoints.steps(job.folder)[0] == 8
+    train.fit(job, world)
     train.publish(job, "name")
     assert [path.name for path in (train.OUT / "previews").iterdir()] == ["step_00000012.png"]
 
 
-def test_without_previews_the_rest_is_published(job):
-    train.fit(job, _ray.World())
-    shutil.rmtree(job.folder / "previews")
+def test_without_previews_the_rest_is_published(job, world):
+    train.fit(job, world)
+    job.folder.remove("previews")
     train.publish(job, "name")
     assert (train.OUT / "model.json").is_file()
 
@@ -131,45 +189,75 @@ def test_a_preview_has_fewer_images_where_they_are_expensive(job, L, steps_per_l
     assert train.preview_size(dataclasses.replace(job, schedule=levels, shape=(3, side, side))) == images
 
 
-def test_a_finished_run_has_nothing_left_to_do(job):
-    train.fit(job, _ray.World())
+def test_a_finished_run_has_nothing_left_to_do(job, world, heard):
+    train.fit(job, world)
     before = _weights(job)
-    job.run.rows.clear()
-    train.fit(job, _ray.World())
+    heard.rows.clear()
+    train.fit(job, world)
     assert _weights(job) == before
-    assert job.run.rows == []
+    assert heard.rows == []
 
 
-def test_a_damaged_checkpoint_is_reported_and_skipped(job, caplog):
-    train.fit(job, _ray.World())
+@pytest.mark.parametrize("damage", ["shorter", "other bytes", "no state", "no meta", "torn meta"])
+def test_a_damaged_checkpoint_is_reported_and_skipped(job, world, caplog, damage):
+    train.fit(job, world)
     expected = _weights(job)
-    newest = train.checkpoints(job.folder)[0]
-    content = (newest / "state.safetensors").read_bytes()
-    (newest / "state.safetensors").write_bytes(content[: len(content) // 2])
-    train.fit(job, _ray.World())
-    assert "step_00000012 is damaged and skipped" in caplog.text
+    newest = job.folder / "step_00000012"
+    content = newest.read("state.safetensors")
+    if damage == "shorter":
+        newest.write("state.safetensors", content[: len(content) // 2])
+    elif damage == "other bytes":
+        newest.write("state.safetensors", content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "no state":
+        newest.remove("state.safetensors")
+    elif damage == "no meta":
+        newest.remove("meta.json")
+    else:
+        newest.write("meta.json", newest.read("meta.json")[:30])
+    train.fit(job, world)
+    if damage != "no meta":  # which is how a save looks that was broken off
+        assert "step_00000012 is damaged" in caplog.text
     assert _weights(job) == expected
 
 
-def test_old_checkpoints_go_and_the_initial_one_stays(job):
-    train.fit(job, _ray.World())
-    assert [path.name for path in train.checkpoints(job.folder)] == ["step_00000012", "step_00000008", "step_00000000"]
+def test_the_newest_the_best_and_the_initial_checkpoint_stay(job, world):
+    state, curves, window = train.start(job, world)
+    for step, loss in ((1, 5.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, 2.0), (6, 9.0)):
+        tensors = state.state_dict() | {"curves": curves, "window": window}
+        _checkpoints.write(job.folder, tensors, {"step": step, "test_loss": loss}, keep=2)
+    assert _checkpoints.steps(job.folder) == [6, 5, 2, 0]
+    assert not [name for name in job.folder.names() if name.startswith("step_00000003")]
 
 
-def test_the_curves_are_means_over_samples(job, workdir):
-    train.fit(job, _ray.World())
+def test_a_run_folder_is_not_taken_by_another_configuration(job):
+    folder = store(f"{job.folder.uri}-taken")
+    train.claim(folder, {"lr": 1})
+    train.claim(folder, {"lr": 1})
+    with pytest.raises(StageError, match=r"-taken holds a run of other parameters, data or code"):
+        train.claim(folder, {"lr": 2})
+    assert json.loads(folder.read("identity.json")) == {"lr": 1}
+
+
+def test_a_worker_that_does_not_see_the_run_folder_says_so(job, world):
+    job.folder.remove("identity.json")
+    with pytest.raises(StageError, match=r"runtime.storage must be s3://bucket/prefix, or a folder that all nodes"):
+        train.fit(job, world)
+
+
+def test_the_curves_are_means_over_samples(job, world, heard):
+    train.fit(job, world)
     train.publish(job, "name")
     with open(train.OUT / "loss.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 10, 12]
-    assert [float(row["loss"]) for row in rows] == pytest.approx([v["train/loss"] for _, v in job.run.rows], rel=1e-5)
+    assert [float(row["loss"]) for row in rows] == pytest.approx([v["train/loss"] for _, v in heard.rows], rel=1e-5)
     with open(train.OUT / "loss_per_level.csv") as file:
         header, *levels = list(csv.reader(file))
     assert header == ["step", "level_0", "level_1", "level_2", "level_3"]
     assert all(float(cell) > 0 for row in levels for cell in row[1:] if cell)
     model = json.loads((train.OUT / "model.json").read_text())
     assert model["step"] == 12
-    assert job.run.pictures == [("train/samples", 12)]
+    assert heard.pictures == [("train/samples_averaged_and_last", 12)]
     network = train.build(model["network"])
     assert sum(p.numel() for p in network.parameters()) == model["parameters"]
     network.load_state_dict(load_file(train.OUT / "ema.safetensors"))
@@ -194,12 +282,11 @@ def test_sliced_score_matching_learns_what_denoising_score_matching_judges(learn
     assert curve[-1] < min(curve[0], 0)  # a zero score has 0
 
 
-def test_two_workers_train_by_second_derivatives_as_one_does(job, compose_params, tmp_path):
-    params = compose_params("experiment=tiny", "loss=ssm_vr", "model=ncsn", "train.steps=4", "train.warmup=0")
-    job = dataclasses.replace(job, params=params)
-    train.fit(job, _ray.World())
-    two = dataclasses.replace(job, folder=tmp_path / "two")
-    (tmp_path / "job.pickle").write_bytes(pickle.dumps(dataclasses.replace(two, run=None)))  # rank 0 alone logs
+def _two_workers(job, tmp_path, steps):
+    """Train on two workers of gloo, this process the first, until a step."""
+    job = _with(job, steps=steps)
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
+    (tmp_path / "store").unlink(missing_ok=True)
     code = f"""
 import pickle, torch
 from pipeline import _ray, train
@@ -213,19 +300,41 @@ torch.distributed.destroy_process_group()
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2, timeout=timedelta(seconds=120)
     )
     try:
-        train.fit(two, _ray.World(0, 2))
+        train.fit(job, _ray.World(0, 2))
     finally:
         torch.distributed.destroy_process_group()
     assert other_worker.wait(60) == 0
-    one, other = (load_file(train.checkpoints(each.folder)[0] / "state.safetensors") for each in (job, two))
-    assert torch.allclose(one["curves"], other["curves"], rtol=1e-4, equal_nan=True)
-    start = load_file(train.checkpoints(job.folder)[-1] / "state.safetensors")
+
+
+def _same_run(one, other, rate, steps):
+    """Whether two runs differ by float summation alone: their curves, and their weights beside what these moved."""
+    a, b = _tensors(one), _tensors(other)
+    assert torch.allclose(a["curves"], b["curves"], rtol=1e-4, equal_nan=True)
+    start = _checkpoints.read(one.folder, 0)
     names = [name for name in start if name.startswith("model.")]
-    apart = max((one[name] - other[name]).abs().max().item() for name in names)
-    moved = max((one[name] - start[name]).abs().max().item() for name in names)
-    rate = params.train.learning_rate
-    assert apart < 0.1 * rate * 4  # Adam enlarges roundoff where the gradient is 0
+    apart = max((a[name] - b[name]).abs().max().item() for name in names)
+    moved = max((a[name] - start[name]).abs().max().item() for name in names)
+    assert apart < 0.1 * rate * steps  # Adam enlarges roundoff where the gradient is 0
     assert moved > rate
+
+
+def test_two_workers_train_by_second_derivatives_as_one_does(job, world, compose_params, tmp_path):
+    params = compose_params("experiment=tiny", "loss=ssm_vr", "model=ncsn", "train.steps=4", "train.warmup=0")
+    job = dataclasses.replace(job, params=params)
+    two = _elsewhere(job, "two")
+    train.fit(job, world)
+    _two_workers(two, tmp_path, 4)
+    _same_run(job, two, params.train.learning_rate, 4)
+
+
+def test_the_number_of_workers_may_change_in_mid_run(job, world, tmp_path):
+    job = _with(job, decay="constant", warmup=0, batch_size=17)  # shares of 9 and 8
+    changing = _elsewhere(job, "changing")
+    train.fit(job, world)
+    _two_workers(changing, tmp_path, 4)
+    train.fit(_with(changing, steps=8), world)
+    _two_workers(changing, tmp_path, 12)
+    _same_run(job, changing, job.params.train.learning_rate, 12)
 
 
 def test_a_size_that_the_network_cannot_take_is_named_before_anything_starts(compose_params, workdir, monkeypatch):
@@ -241,13 +350,16 @@ def test_a_size_that_the_network_cannot_take_is_named_before_anything_starts(com
         train.check(train.describe(compose_params("model=ncsn").model, 3, [1.0, 0.9999]), [3, 20, 20])
 
 
-def test_the_draws_of_a_batch_suit_the_objective(job, compose_params):
-    data, sigmas = np.load(job.data), torch.tensor(job.schedule["sigmas"])
-    plain = train.batch(job, data, sigmas, 0, _ray.World())
+def _batch(job, step, world):
+    return train.Batches(job, world)(step)
+
+
+def test_the_draws_of_a_batch_suit_the_objective(job, compose_params, world):
+    plain = _batch(job, 0, world)
     params = compose_params(
         "experiment=tiny", "data.flip=true", "loss=ssm", "loss.projections=3", "train.dequantise=true"
     )
-    x, level, z, v = train.batch(dataclasses.replace(job, params=params), data, sigmas, 0, _ray.World())
+    x, level, z, v = _batch(dataclasses.replace(job, params=params), 0, world)
     assert torch.equal(level, plain[1])
     assert torch.equal(z, plain[2])
     assert v.shape == (16, 3, 1, 8, 8)
@@ -257,31 +369,146 @@ def test_the_draws_of_a_batch_suit_the_objective(job, compose_params):
     assert 0.95 < u.max() < 1 + 1e-4
 
 
-def test_two_workers_see_together_what_one_sees(job):
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_see_together_what_one_sees(job, world, size):
     sliced = dataclasses.replace(job.params.loss, name="ssm")
     job = dataclasses.replace(job, params=dataclasses.replace(job.params, loss=sliced))
-    data, sigmas = np.load(job.data), torch.tensor(job.schedule["sigmas"])
-    whole = train.batch(job, data, sigmas, 3, _ray.World())
-    halves = [train.batch(job, data, sigmas, 3, _ray.World(rank, 2)) for rank in range(2)]
-    for all_at_once, *parts in zip(whole, *halves, strict=True):
-        assert torch.equal(torch.cat(parts), all_at_once)
+    whole = _batch(job, 3, world)
+    parts = [_batch(job, 3, _ray.World(rank, size)) for rank in range(size)]
+    for all_at_once, *some in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat(some), all_at_once)
+    assert max(len(part[0]) for part in parts) - min(len(part[0]) for part in parts) <= 1
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_level(job):
-    job.schedule["sigmas"][2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"loss nan at step \d+, noise level sigma=nan"):
-        train.fit(job, _ray.World())
-    assert [path.name for path in train.checkpoints(job.folder)] == ["step_00000000"]
+@pytest.mark.parametrize("space", ["centred", "logits"])
+def test_a_network_may_be_trained_in_another_space(job, world, space):
+    job = _with(job, space=space)
+    assert job.network["rescale"] is False
+    x, _, _ = _batch(job, 0, world)
+    low, high = {"centred": (-1, 1), "logits": (-14, 14)}[space]
+    assert low <= x.min() < low / 2
+    assert high >= x.max() > high / 2
+    pixels, _, _ = _batch(_with(job, space="pixels"), 0, world)
+    torch.testing.assert_close(images.SPACES[space][1](x), pixels, rtol=0, atol=2e-6)
+    train.fit(job, world)
+    train.publish(job, "name")
+    assert json.loads((train.OUT / "model.json").read_text())["space"] == space
 
 
-def test_weights_that_are_not_finite_are_not_saved(job):
-    state, curves = train.start(job, _ray.World())
+def test_micro_batches_train_alike(job, world):
+    job = _with(job, warmup=0)
+    train.fit(job, world)
+    small = _elsewhere(_with(job, micro_batch=3), "small")
+    train.fit(small, world)
+    _same_run(job, small, job.params.train.learning_rate, 12)
+
+
+def test_out_of_memory_it_goes_on_in_smaller_parts(job, world, monkeypatch, caplog):
+    job = _with(job, warmup=0)
+    train.fit(job, world)
+    scarce, seen = _elsewhere(job, "scarce"), []
+    objective = train.objective(job.params.loss)
+
+    def hungry(score, x, sigma, z):
+        seen.append(len(x))
+        if len(x) > 5 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return objective(score, x, sigma, z)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "objective", lambda loss: hungry)
+        train.fit(scarce, world)
+    assert "out of memory: going on with train.micro_batch=4" in caplog.text
+    assert sorted(set(seen)) == [4, 8, 16]
+    _same_run(job, scarce, job.params.train.learning_rate, 12)
+
+
+def test_one_image_that_does_not_fit_ends_the_run(job, world, monkeypatch):
+    def hungry(score, x, sigma, z):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(len(x))
+
+    monkeypatch.setattr(train, "objective", lambda loss: hungry)
+    with pytest.raises(StageError, match="out of memory with one image at a time"):
+        train.fit(job, world)
+
+
+def test_memory_of_the_machine_that_does_not_suffice_counts_too():
+    code = """
+import resource, torch
+from pipeline import train
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+try:
+    torch.empty(2**33)
+except RuntimeError as error:
+    assert train.out_of_memory(error), error
+else:
+    raise AssertionError("32 GiB fitted into 8")
+assert not train.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_one_bad_step_is_skipped_and_counted(job, world, heard, monkeypatch, caplog):
+    objective = train.objective(job.params.loss)
+    calls = []
+
+    def bad_once(score, x, sigma, z):
+        calls.append(torch.is_grad_enabled())
+        loss = objective(score, x, sigma, z)
+        return loss * float("nan") if calls.count(True) == 3 and torch.is_grad_enabled() else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "objective", lambda loss: bad_once)
+        train.fit(job, world)
+    assert "step 3 skipped" in caplog.text
+    assert [values["train/skipped_steps"] for _, values in heard.rows] == [0, 1, 1, 1, 1, 1]
+    assert all(value.isfinite().all() for name, value in _tensors(job).items() if "." in name)
+    assert _tensors(job)["curves"][:, 1].isfinite().all()
+    assert int(_tensors(job)["optimizer.step.begin_conv.bias"]) == 11
+
+
+def test_a_loss_that_stays_bad_stops_with_step_and_level(job, world, monkeypatch):
+    objective, bad = train.objective(job.params.loss), job.schedule["sigmas"][2]
+
+    def bad_level(score, x, sigma, z):
+        loss = objective(score, x, sigma, z)
+        return loss.where(sigma != torch.tensor(bad), float("inf")) if torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(train, "objective", lambda loss: bad_level)
+    told = rf"not finite in 3 steps in a row .* up to step 3, first of all the loss at noise level sigma={bad:.4g}"
+    with pytest.raises(FloatingPointError, match=told):
+        train.fit(_with(job, max_skipped=3), world)
+    assert _checkpoints.steps(job.folder) == [0]
+
+
+def test_the_error_of_a_run_that_diverged_travels():
+    error = train.DivergedError(7, 3, 0.5)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert again.step == 7
+
+
+def test_weights_that_are_not_finite_are_not_saved(job, world):
+    state, curves, window = train.start(job, world)
+    state.step = 1
     with torch.no_grad():
         state.model.begin_conv.weight[0] = float("inf")
-    state.step = 1
     with pytest.raises(FloatingPointError, match=r"model.begin_conv.weight is not finite at step 1"):
-        train.save(job.folder, state, curves)
-    assert [path.name for path in train.checkpoints(job.folder)] == ["step_00000000"]
+        train.save(job, state, curves, window)
+    assert _checkpoints.steps(job.folder) == [0]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_shorter_numbers_train_too(job, world, precision):
+    train.fit(job, world)
+    short = _elsewhere(_with(job, precision=precision), precision)
+    train.fit(short, world)
+    a, b = _tensors(job), _tensors(short)
+    assert torch.allclose(a["curves"], b["curves"], rtol=0.1, equal_nan=True)
+    assert b["model.begin_conv.weight"].dtype == torch.float32
+    assert torch.equal(a["model.begin_conv.weight"], b["model.begin_conv.weight"]) == (precision == "tf32")  # on CPUs
 
 
 def test_the_learning_rate_warms_up_and_falls_linearly_or_stays(params):
@@ -293,11 +520,11 @@ def test_the_learning_rate_warms_up_and_falls_linearly_or_stays(params):
     assert [train.learning_rate(warm, step) for step in (0, 4, 9, 50)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
 
 
-def test_initial_weights_depend_on_the_seed_alone(job):
+def test_initial_weights_depend_on_the_seed_alone(job, world):
     torch.manual_seed(1)
-    one, _ = train.start(dataclasses.replace(job, folder=job.folder / "a"), _ray.World())
+    one, *_ = train.start(_elsewhere(job, "a"), world)
     torch.manual_seed(2)
-    two, _ = train.start(dataclasses.replace(job, folder=job.folder / "b"), _ray.World())
+    two, *_ = train.start(_elsewhere(job, "b"), world)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
 
 
