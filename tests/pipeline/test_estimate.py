@@ -70,7 +70,7 @@ def test_rows_multiply_what_was_timed_and_nothing_is_left_behind(prepared, capsy
     assert found["not_evaluated"] == "out/features/classifier.json does not exist: write it with `dvc repro features`"
     parameters = 117_033
     # model, average, Adam's two moments, in float32; beside them names, counters and curves
-    assert 16 * parameters < found["checkpoint"]["bytes"] < 16.5 * parameters
+    assert 16 * parameters < found["checkpoint"]["bytes"] < 16 * parameters + 100_000
     assert found["checkpoint"]["kept"] == 4
     assert min(training["peak"], drawing["peak"]) > 10**8  # torch alone
     text = estimate.table(found)
