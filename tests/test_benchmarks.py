@@ -109,3 +109,18 @@ def test_bad_options_are_named(benchmark, arguments, message, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse([*arguments, "--device", "cpu"])
     assert message in capsys.readouterr().err
+
+
+def test_ray_train_and_ddp_make_the_same_steps_side_by_side():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *TINY, "--steps", "2", "--repeats", "1", "--compare", "ray", "--workers", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    rates = report["images_per_second"]
+    assert report["workers"] == 2
+    assert rates.keys() == {"ray", "ddp"}
+    assert report["ray_to_ddp"] == pytest.approx(rates["ray"] / rates["ddp"])
