@@ -42,7 +42,11 @@ from ncsn.training import EMA, TrainState, data_order, train_draws, train_step, 
 IMAGES = 10_000  # of the data, random bytes: what is on them does not change the time
 SQUARE = {"cuda": 8192, "cpu": 1024}  # side of the matrices whose product is the ceiling
 DECAY = 0.999
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("data_and_draws", "forward", "backward", "optimizer", "ema")
+
+
+_clock = CLOCKS["wall"]
 
 
 @dataclass(frozen=True)
@@ -242,11 +246,11 @@ class Ceiling:
 def seconds(function: Callable[[], Any], device: torch.device, times: int = 1) -> float:
     """Seconds a call takes, of so many in a row."""
     synchronise(device)
-    start = time.perf_counter()
+    start = _clock()
     for _ in range(times):
         function()
     synchronise(device)
-    return (time.perf_counter() - start) / times
+    return (_clock() - start) / times
 
 
 def synchronise(device: torch.device) -> None:
@@ -375,6 +379,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="turns of each row (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu", help="default: %(default)s")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: time on the processor, for a busy CPU and --threads 1")
     add("--rows", nargs="+", metavar="ROW", help="these only, and the baseline")
     add("--list", action="store_true", help="print the names of the rows and end")
     add("--compare", choices=["ray"], help="instead of the table: Ray Train beside plain DDP")
@@ -386,6 +391,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rows {unknown[0]}: expected one of {', '.join(known)}")
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: this torch sees no GPU")
+    if options.clock == "cpu" and (options.device, options.threads) != ("cpu", 1):
+        parser.error("--clock cpu: expected --device cpu --threads 1, since other threads and a GPU work beside it")
+    if options.clock == "cpu" and options.compare:
+        parser.error("--clock cpu: expected no --compare, whose processes wait for each other")
     for name in ("batch", "steps", "repeats", "threads", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
@@ -400,12 +409,15 @@ def main() -> None:
         print("\n".join(row.name for row in options.switches))
         return
     torch.set_num_threads(options.threads)
+    global _clock
+    _clock = CLOCKS[options.clock]
     problem = Problem(options.model, options.width, options.channels, options.resolution, options.batch)
     report: dict[str, Any] = {
         "machine": machine(),
         "torch": torch.__version__,
         "device": options.device,
         "threads": options.threads,
+        "clock": options.clock,
         "problem": asdict(problem) | {"parameters": sum(each.numel() for each in problem.network().parameters())},
         "steps": options.steps,
         "repeats": options.repeats,

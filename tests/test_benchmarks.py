@@ -102,6 +102,7 @@ def test_names_of_rows_tell_what_differs_from_the_baseline(benchmark):
     ("arguments", "message"),
     [
         (["--rows", "fp16"], "--rows fp16: expected one of fp32, "),
+        (["--clock", "cpu", "--threads", "2"], "--clock cpu: expected --device cpu --threads 1"),
         (["--batch", "0"], "--batch 0: expected at least 1"),
     ],
 )
