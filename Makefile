@@ -10,10 +10,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro figures test check format ui lock clean
+.PHONY: help setup repro figures test check format ui s3 lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.done ## Create .venv with the pinned packages
 
@@ -40,11 +40,14 @@ format: setup ## Let ruff rewrite the sources
 ui: setup ## Open the MLflow UI on the runs made here, http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
+s3: setup ## Serve an S3 object store and MLflow on this machine, data in s3data/; see docs/storage.md
+	python -m pipeline.s3
+
 lock: setup ## Write requirements.lock anew from pyproject.toml
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-emit-index-url --no-annotate \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
-clean: ## Delete what runs leave behind: out/, runs/ (checkpoints, finished shards); keeps MLflow's runs
+clean: ## Delete what runs leave behind: out/, runs/ (checkpoints, finished shards, what waits for MLflow); keeps MLflow's runs
 	rm -rf out runs
 
 .venv/.done: requirements.lock pyproject.toml

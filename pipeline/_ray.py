@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from pipeline import _params
+from pipeline._mailbox import Mailbox
 from pipeline._stage import StageError, StopSignals, log
 from pipeline._store import Bucket, Folder, store
 
@@ -180,13 +181,15 @@ def train(
         raise StageError(
             f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
         )
+    if not isinstance(workers, int):
+        # What a lost node held is asked for once more; after this time the range's lower end has to do.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     with _Post(hear, signals) as post:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
                 "fn": fn,
                 "job": job,
-                "cores": max(1, _cores() // most(workers)),
                 "side_by_side": not runtime.compile,
                 "mailbox": post.mailbox,
                 # not in Ray's runtime environment, which its dashboard shows
@@ -218,40 +221,12 @@ def train(
     signals.stop()
 
 
-class _Mailbox:
-    """What the workers tell the driver, and the driver them; an actor on the driver's node."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[Any, ...]] = []
-        self.stop = False
-        self.error: Exception | None = None
-
-    def put(self, *message: Any) -> None:
-        self.messages.append(message)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        taken, self.messages = self.messages, []
-        return taken
-
-    def ask_to_stop(self) -> None:
-        self.stop = True
-
-    def asked_to_stop(self) -> bool:
-        return self.stop
-
-    def fail(self, error: Exception) -> None:
-        self.error = self.error or error
-
-    def failed(self) -> Exception | None:
-        return self.error
-
-
 class _Post:
     """The driver's end of the mailbox, while training runs: hears messages in a thread, passes signals on."""
 
     def __init__(self, hear: Callable[..., None], signals: StopSignals) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         self.hear, self.signals = hear, signals
         self.error: Exception | None = None
         self.told = False
@@ -355,9 +330,10 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     if ray.get(mailbox.failed.remote()) is not None:
         return  # an error that another try would meet again: the driver raises it
+    cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
     alone = size == 1 and device.type == "cpu" and config["side_by_side"]
-    threads = min(config["cores"], MOST_THREADS) if alone else 1
-    torch.set_num_threads(config["cores"] // threads)
+    threads = min(cores, MOST_THREADS) if alone else 1
+    torch.set_num_threads(cores // threads)
     host = torch.distributed.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     if rank == 0:
         mailbox.put.remote(BEGUN)

@@ -101,9 +101,15 @@ class Folder:
         path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise StageError, with the fix, unless objects can be written, read and removed here."""
+        """Raise StageError, with the fix, unless objects can be written, read and removed here.
+
+        Removes what writers that were killed have left, a day old or older.
+        """
         try:
             _probe(self)
+            for part in list(Path(self.uri).rglob(".*.part")):
+                if part.is_file() and time.time() - part.stat().st_mtime > 24 * 3600:
+                    part.unlink()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             fix = "make room there" if full else "make it a folder that can be written"
@@ -170,7 +176,7 @@ class Bucket:
         self._patiently(delete)
 
     def check(self) -> None:
-        """Raise StageError, with the fix, unless objects can be written, read and removed here; waits 10 s for a server."""
+        """Raise StageError, with the fix, unless objects can be written, read and removed here; waits 10 s."""
         _probe(replace(self, patience=min(self.patience, 10.0)))
 
     @property
@@ -281,9 +287,13 @@ def _probe(where: Store) -> None:
         raise StageError(f"storage {where.uri}: what was written is not what is read: set runtime.storage")
 
 
-@functools.cache
 def _client() -> Any:
-    """The S3 client of this process, safe to share among threads."""
+    """The S3 client for the environment as it is, one a process; threads may share it."""
+    return _connect(tuple((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+
+
+@functools.cache
+def _connect(_: tuple[tuple[str, str], ...]) -> Any:
     try:
         import boto3
         from botocore.config import Config
@@ -314,7 +324,7 @@ def _diagnosis(error: Exception) -> tuple[str | None, str | None]:
     if isinstance(error, exceptions.ClientError):
         code = str(error.response["Error"]["Code"])
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        if code in PASSING or status >= 500 or status == 429:
+        if code in PASSING or status == 429 or (status >= 500 and status != 501):
             return f"the server answers {code} ({status})", None
         if code == "NoSuchBucket":
             return "there is no such bucket", "make it, or set runtime.storage"
@@ -335,5 +345,5 @@ def _diagnosis(error: Exception) -> tuple[str | None, str | None]:
     if isinstance(error, exceptions.BotoCoreError | boto3.exceptions.Boto3Error | parsers.ResponseParserError):
         if isinstance(error, exceptions.ParamValidationError | exceptions.CredentialRetrievalError):
             return str(error), "see the variables AWS_*"
-        return f"no sound answer ({type(error).__name__})", None
+        return f"no proper answer ({type(error).__name__})", None
     return None, None

@@ -2,102 +2,249 @@
 
 A stage joins the newest unfinished run with the same parameters and code, or starts one; the report ends it. So a
 repeated `dvc repro` after a crash goes on in the same run, and other parameters make another run to compare with.
+
+What is logged is first written to a folder in runs/tracking, which takes no time worth speaking of, and sent from there
+by a thread. So a tracking server that is away, even from the start, stops nothing and loses nothing: what it could not
+get is tried again every ten seconds, at the end of the stage, and by the next stage that reaches it. All that is sent
+may be sent twice without being there twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import itertools
+import json
+import logging
 import os
+import re
+import shutil
 import subprocess
+import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline import _params
-from pipeline._stage import log
-from pipeline._store import code_digest, fingerprint
+from pipeline._stage import StageError, log
+from pipeline._store import code_digest, fingerprint, read_json, replacing_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RESULT_SECTIONS = [field.name for field in dataclasses.fields(_params.Params) if field.name != "runtime"]
 KEY = "ncsn.fingerprint"
+SPOOL = Path("runs/tracking")
+AGAIN = 10.0  # seconds until a server that was away is tried again
+QUICK = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run in the tracking store; a plain value that may travel to workers."""
+    """A run: what is logged goes to its folder at once, and to the tracking store soon. A plain value.
+
+    `start` is when the run began, in ms since 1970.
+    """
 
     uri: str
-    id: str
-
-    @property
-    def client(self) -> MlflowClient:
-        return _client(self.uri)
+    folder: str
+    start: int = 0
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, nested ones as section.key; a parameter keeps its first value for good."""
-        from mlflow.entities import Param
-
-        flat = [Param(key, str(value)) for key, value in _flatten(values)]
-        self.client.log_batch(self.id, params=flat)
+        self._note("params", [[key, str(value)] for key, value in _flatten(values)])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in values.items()])
+        self._note("tags", [[key, value] for key, value in values.items()])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers at one step."""
         self.history([(step, values)])
 
-    def history(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
-        """Log numbers at many steps."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        flat = [Metric(key, value, now, step) for step, values in rows for key, value in values.items()]
-        for k in range(0, len(flat), 1000):  # the most that one batch may hold
-            self.client.log_batch(self.id, metrics=flat[k : k + 1000])
-
-    def logged(self, metric: str) -> bool:
-        """Whether the run has this metric."""
-        return metric in self.client.get_run(self.id).data.metrics
+    def history(self, rows: list[tuple[int, Mapping[str, float]]], missing: bool = False) -> None:
+        """Log numbers at many steps; if `missing`, only those at steps which the run does not have."""
+        now = _now()
+        flat = [[key, float(value), now, int(step)] for step, values in rows for key, value in values.items()]
+        self._note("missing" if missing else "metrics", flat)
 
     def image(self, pixels: np.ndarray, key: str, step: int) -> None:
-        """Log a uint8 picture (H, W) or (H, W, 3) under a key with a step, which makes a slider in the UI."""
-        self.client.log_image(self.id, pixels, key=key, step=step, synchronous=True)
+        """Log a uint8 picture (H, W) or (H, W, 3) under a key with a step, which makes a slider in the UI.
+
+        One of the same key and step takes the place of an earlier one.
+        """
+        picture = Image.fromarray(pixels)
+        # The UI reads these names. Time and id are functions of the rest, so that logging again replaces.
+        same = uuid.uuid5(uuid.NAMESPACE_OID, f"{key} {step}")
+        name = f"{key.replace('/', '~')}+step+{step}+timestamp+{self.start}+{same}"
+        with self._files() as files:
+            (files / "images").mkdir()
+            picture.save(files / "images" / f"{name}.png")
+            picture.thumbnail((256, 256))
+            picture.save(files / "images" / f"{name}+compressed.webp")
+        self.tags({"mlflow.loggedImages": "True"})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or a folder's files."""
-        if path.is_dir():
-            self.client.log_artifacts(self.id, str(path), folder or path.name)
-        else:
-            self.client.log_artifact(self.id, str(path), folder)
+        """Log a file, or a folder's files, as they are now."""
+        with self._files() as files:
+            if path.is_dir():
+                shutil.copytree(path, files / (folder or path.name))
+            else:
+                (files / (folder or "")).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, files / (folder or "") / path.name)
 
     def finish(self) -> None:
         """Mark the run as complete; a later stage starts another one."""
-        self.client.set_terminated(self.id, "FINISHED")
+        self._note("status", [["FINISHED", _now()]])
+        Path(self.folder, "finished").touch()
+
+    @contextmanager
+    def system_metrics(self, interval: float = 10.0) -> Iterator[None]:
+        """Log this machine's CPU, memory, disk, network and NVIDIA GPUs every `interval` seconds in the body.
+
+        The steps are seconds since the run began, so that they go on when the run does.
+        """
+        ended = threading.Event()
+
+        def watch() -> None:
+            monitors = _monitors()
+            while not ended.wait(interval):
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                    values = {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
+                    monitor.clear_metrics()
+                    self.metrics(values, (_now() - self.start) // 1000)
+
+        thread = threading.Thread(target=watch, name="system metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _note(self, kind: str, entries: list[list[Any]]) -> None:
+        folder = Path(self.folder)
+        with _locked(folder / "notes.lock"), open(folder / "waiting.jsonl", "a") as file:
+            file.write(json.dumps([kind, entries]) + "\n")
+
+    @contextmanager
+    def _files(self) -> Iterator[Path]:
+        with replacing_folder(Path(self.folder, "files", f"{time.time_ns()}")) as files:
+            yield files
 
 
 @contextmanager
 def run(params: _params.Params) -> Iterator[Run]:
-    """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or _absolute(params.runtime.tracking_uri)
-    client = _client(uri)
-    current = Run(uri, _find(client, params) or _start(client, params))
-    client.set_terminated(current.id, "RUNNING")
+    """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises.
+
+    Raises:
+        StageError: If the tracking store refuses us, or is a local one that cannot be used. A server that does not
+            answer is only warned about.
+    """
+    courier = _Courier(params)
+    current = courier.begin()
     try:
         yield current
     except BaseException as error:
-        client.set_terminated(current.id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
+    finally:
+        courier.close()
+
+
+class _Courier(threading.Thread):
+    """Sends what waits in a run's folder, and once what earlier runs have left behind, until it is closed."""
+
+    def __init__(self, params: _params.Params) -> None:
+        super().__init__(name="tracking", daemon=True)
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or _absolute(params.runtime.tracking_uri)
+        self.params, self.about = params, _about(self.uri, params)
+        name = fingerprint([self.about[key] for key in ("uri", "experiment", "key")])
+        self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
+        # A stage goes on in the folder of the last one if that still has something to say about the same run.
+        last = self.earlier[-1] if self.earlier else None
+        goes_on = last is not None and _waits(last) and not (last / "finished").exists()
+        lock = _claim(last) if last is not None and goes_on else None
+        self.own = self.earlier.pop() if lock else SPOOL.resolve() / f"{name}-{time.time_ns()}"
+        self.lock = lock or _claim(self.own)
+        self.closing = threading.Event()
+        self.away, self.tidy = False, False
+
+    def begin(self) -> Run:
+        """Find or start the run, and send from now on; raises StageError if that cannot be, unless it may be later."""
+        if not (self.own / "run.json").exists():
+            write_json(self.own / "run.json", self.about)
+        current = Run(self.uri, str(self.own))
+        current._note("status", [["RUNNING", _now()]])
+        current.params(_params.as_dict(self.params, *RESULT_SECTIONS))
+        try:
+            self._send_left(self.earlier)  # first, as this may be what ends an earlier run
+            _send(self.own)
+        except Exception as error:
+            if not (self.uri.startswith("http") and _may_pass(error)):
+                fix = "set MLFLOW_TRACKING_URI or runtime.tracking_uri"
+                raise StageError(f"MLflow at {_shown(self.uri)}: {_line(error)}: {fix}") from error
+            self._missed(error)
+        self.start()
+        return dataclasses.replace(current, start=read_json(self.own / "run.json")["start"])
+
+    def run(self) -> None:
+        while not self.closing.wait(AGAIN if self.away else 1.0):
+            self._round()
+        self._round()
+
+    def close(self) -> None:
+        """Send what is left, and tell if that cannot be."""
+        self.closing.set()
+        self.join()
+        if waits := _waits(self.own):
+            log.warning("%s for MLflow in %s, for the next stage to send", waits, os.path.relpath(self.own))
+        else:
+            shutil.rmtree(self.own)
+        if self.lock:
+            self.lock.close()
+
+    def _round(self) -> None:
+        try:
+            _send(self.own)
+            if not self.tidy:
+                self._send_left(sorted(self.own.parent.iterdir()))
+                self.tidy = True
+        except Exception as error:  # told, and what was to be sent stays
+            self._missed(error)
+        else:
+            if self.away:
+                log.info("MLflow at %s answers again", _shown(self.uri))
+            self.away = False
+
+    def _send_left(self, folders: list[Path]) -> None:
+        """Send what waits in folders of which no process takes care, and remove them."""
+        for folder in folders:
+            if folder != self.own and (lock := _claim(folder)):
+                with lock:
+                    about = folder / "run.json"
+                    if not about.exists() or read_json(about)["uri"] == self.uri:
+                        _send(folder)
+                        shutil.rmtree(folder)
+
+    def _missed(self, error: Exception) -> None:
+        if not self.away:
+            where = os.path.relpath(self.own)
+            log.warning("MLflow at %s: %s; what is logged waits in %s", _shown(self.uri), _line(error), where)
+        self.away = True
 
 
 def revision() -> str | None:
@@ -110,46 +257,199 @@ def revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _key(params: _params.Params) -> str:
-    return fingerprint([_params.as_dict(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
-
-
-def _find(client: MlflowClient, params: _params.Params) -> str | None:
-    experiment = client.get_experiment_by_name(params.runtime.experiment)
-    if experiment is None:
-        return None
-    query = f"tags.`{KEY}` = '{_key(params)}' and attributes.status != 'FINISHED'"
-    found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
-    return found[0].info.run_id if found else None
-
-
-def _start(client: MlflowClient, params: _params.Params) -> str:
-    experiment = client.get_experiment_by_name(params.runtime.experiment)
-    if experiment is not None:
-        experiment_id = experiment.experiment_id
-    else:
-        # A database beside the project keeps its artifacts beside it too; a server says itself where they go.
-        local = client.tracking_uri.startswith("sqlite:")
-        location = (Path.cwd() / "mlartifacts").as_uri() if local else None
-        experiment_id = client.create_experiment(params.runtime.experiment, artifact_location=location)
-    key = _key(params)
+def _about(uri: str, params: _params.Params) -> dict[str, Any]:
+    """What it takes to find or to start the run, as JSON."""
+    key = fingerprint([_params.as_dict(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
     tags = {KEY: key, "mlflow.source.name": "dvc repro", "runtime.workers": str(params.runtime.workers)}
     if commit := revision():
         tags["mlflow.source.git.commit"] = commit
     if name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = name
-    name = f"{params.data.name}-{params.model.name}-{key[:6]}"
-    created = Run(client.tracking_uri, client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
-    created.params(_params.as_dict(params, *RESULT_SECTIONS))
-    log.info("MLflow run %s (%s)", name, created.id)
-    return created.id
+    # A database beside the project keeps its artifacts in the storage or beside it; a server says itself where they go.
+    storage = params.runtime.storage
+    beside = f"{storage.rstrip('/')}/mlflow" if storage.startswith("s3://") else (Path.cwd() / "mlartifacts").as_uri()
+    return {
+        "uri": uri,
+        "experiment": params.runtime.experiment,
+        "artifacts": beside if uri.startswith("sqlite:") else None,
+        "key": key,
+        "name": f"{params.data.name}-{params.model.name}-{key[:6]}",
+        "tags": tags,
+        "start": _now(),
+    }
+
+
+def _find(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Id and start of the newest unfinished run of this key."""
+    experiment = client.get_experiment_by_name(about["experiment"])
+    if experiment is None:
+        return None
+    query = f"tags.`{KEY}` = '{about['key']}' and attributes.status != 'FINISHED'"
+    found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
+    return (found[0].info.run_id, found[0].info.start_time) if found else None
+
+
+def _create(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int]:
+    experiment = client.get_experiment_by_name(about["experiment"])
+    if experiment is not None:
+        experiment_id = experiment.experiment_id
+    else:
+        experiment_id = client.create_experiment(about["experiment"], artifact_location=about["artifacts"])
+    new = client.create_run(experiment_id, start_time=about["start"], tags=about["tags"], run_name=about["name"])
+    log.info("MLflow run %s (%s)", about["name"], new.info.run_id)
+    return new.info.run_id, about["start"]
+
+
+def _send(folder: Path) -> None:
+    """Send what waits in a run's folder, which is ours."""
+    if not _waits(folder):
+        return
+    about = read_json(folder / "run.json")
+    client = _client(about["uri"])
+    if "id" not in about:
+        about["id"], about["start"] = _find(client, about) or _create(client, about)
+        write_json(folder / "run.json", about)
+    _send_notes(client, about["id"], folder)
+    for files in sorted((folder / "files").glob("[0-9]*")):
+        client.log_artifacts(about["id"], str(files))
+        shutil.rmtree(files)
+
+
+def _send_notes(client: MlflowClient, run_id: str, folder: Path) -> None:
+    waiting, sending = folder / "waiting.jsonl", folder / "sending.jsonl"
+    while True:
+        with _locked(folder / "notes.lock"), suppress(FileNotFoundError):
+            if not sending.exists():
+                waiting.rename(sending)
+        if not sending.exists():
+            return
+        batches = _batches([json.loads(line) for line in sending.read_text().splitlines()])
+        while batches:
+            try:
+                _send_batch(client, run_id, *batches[0])
+            except BaseException:
+                write_text(sending, "".join(json.dumps(batch) + "\n" for batch in batches))
+                raise
+            del batches[0]
+        sending.unlink()
+
+
+def _batches(notes: list[Any]) -> list[tuple[str, list[Any]]]:
+    """Neighbouring notes of a kind together, as many as MLflow takes at once."""
+    found = []
+    for kind, group in itertools.groupby(notes, key=lambda note: note[0]):
+        entries = [entry for _, some in group for entry in some]
+        most = 1000 if kind in ("metrics", "missing") else 100
+        found += [(kind, entries[k : k + most]) for k in range(0, len(entries), most)]
+    return found
+
+
+def _send_batch(client: MlflowClient, run_id: str, kind: str, entries: list[list[Any]]) -> None:
+    """Send one batch; what MLflow will never take is logged as an error and left out."""
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
+
+    if kind == "missing":
+        keys = {key for key, *_ in entries}
+        there = {(key, metric.step) for key in keys for metric in client.get_metric_history(run_id, key)}
+        kind, entries = "metrics", [entry for entry in entries if (entry[0], entry[3]) not in there]
+    try:
+        if kind == "metrics":
+            client.log_batch(run_id, metrics=[Metric(*entry) for entry in entries])
+        elif kind == "params":
+            client.log_batch(run_id, params=[Param(*entry) for entry in entries])
+        elif kind == "tags":
+            client.log_batch(run_id, tags=[RunTag(*entry) for entry in entries])
+        for status, when in entries if kind == "status" else ():
+            if status == "RUNNING":
+                client.update_run(run_id, status=status)
+            else:
+                client.set_terminated(run_id, status, when)
+    except MlflowException as error:
+        if error.error_code not in REFUSALS:
+            raise
+        if len(entries) > 1:
+            for half in (entries[: len(entries) // 2], entries[len(entries) // 2 :]):
+                _send_batch(client, run_id, kind, half)
+        else:
+            log.error("MLflow does not take %s %s: %s", kind, entries[0], _line(error))
+
+
+def _waits(folder: Path) -> str:
+    """What is still to be sent, in words; "" for nothing."""
+    notes = [folder / name for name in ("sending.jsonl", "waiting.jsonl")]
+    lines = sum(len(path.read_text().splitlines()) for path in notes if path.exists())
+    files = len(list((folder / "files").glob("[0-9]*")))
+    return f"{lines} entries and {files} artifacts wait" if lines + files else ""
+
+
+def _claim(folder: Path) -> IO[str] | None:
+    """Keep other processes off a folder until the file is closed or we end; None if one of them has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for a lock among threads and processes."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _client(uri: str) -> MlflowClient:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in QUICK.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns of each try; we do once
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def _monitors() -> list[Any]:
+    """MLflow's monitors of this machine."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(Exception):  # what NVIDIA's library raises where there is no GPU
+        monitors.append(GPUMonitor())
+    return monitors
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same may work later: there was no answer, or one that the fault is the server's."""
+    from mlflow.exceptions import InvalidUrlException, MlflowException
+
+    if not isinstance(error, MlflowException):
+        return isinstance(error, OSError)  # those of requests are
+    status = error.get_http_status_code()
+    return not isinstance(error, InvalidUrlException) and (status >= 500 or status in (408, 429))
+
+
+def _line(error: Exception) -> str:
+    if re.match(r"API request to \S+ failed with (timeout )?exception", str(error)):
+        return "no answer"
+    text = re.sub("//[^/@ ]*@", "//", str(error)).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _shown(uri: str) -> str:
+    """Without a password."""
+    return re.sub("//[^/@]*@", "//", uri)
+
+
+def _now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
 
 
 def _absolute(uri: str) -> str:

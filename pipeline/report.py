@@ -100,17 +100,16 @@ def render(params: _params.Params) -> str:
 def complete(run: _track.Run) -> None:
     """Log what the stages log, as far as this run lacks it, and the report.
 
-    Artifacts and parameters that are there already stay as they are: their content is the same.
+    What is there already stays as it is: its content is the same.
     """
     drawn, levels, info = sample.manifest(), schedule.load(), features.manifest()
     run.params({"schedule": {key: levels[key] for key in ("sigma_1", "sigma_L", "L", "epsilon")}})
     trained = "source" not in read_json(train.OUT / "model.json")
-    if trained and not run.logged("train/loss"):
-        run.history([(int(step), {"train/loss": loss}) for step, loss in curves("loss").tolist()])
+    if trained:
+        run.history([(int(step), {"train/loss": loss}) for step, loss in curves("loss").tolist()], missing=True)
     values = {f"eval/{name}": value for name, value in read_json(evaluate.OUT / "metrics.json").items()}
     run.metrics(values | ({"features/test_accuracy": info["test_accuracy"]} if info["labelled"] else {}))
-    if not run.client.list_artifacts(run.id, "samples"):  # the stage `sample` has not logged its picture
-        run.image(np.asarray(Image.open(sample.OUT / "grid.png")), "samples", drawn["step"])
+    run.image(np.asarray(Image.open(sample.OUT / "grid.png")), "samples", drawn["step"])
     run.tags({f"dvc.{path}": digest for path, digest in dvc_hashes().items()})
     run.artifact(schedule.OUT)
     for name in ("loss", "loss_per_level") if trained else ():

@@ -105,7 +105,7 @@ def main(params: _params.Params) -> None:
     claim(folder, identity)
     log.info("run folder %s", folder.uri)
     held_out = np.array(prepare.load("test")[0][:HELD_OUT])
-    with _stage.StopSignals() as signals, _track.run(params) as run:
+    with _stage.StopSignals() as signals, _track.run(params) as run, run.system_metrics():
         with _ray.cluster(params.runtime):
             digest = manifest["splits"]["train"]["sha256"]
             data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)

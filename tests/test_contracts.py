@@ -151,7 +151,10 @@ def test_imports_are_followed():
     assert {"ncsn/losses.py", "ncsn/random.py", "ncsn/networks", "pipeline/prepare.py"} < _called("pipeline/train.py")
     assert _called("ncsn/networks/unet.py") == {"ncsn/networks", "ncsn/noise.py"}
     assert _called("ncsn/samplers.py") == {"ncsn/noise.py"}
-    assert _called("pipeline/_pictures.py") == {"ncsn/images.py", "pipeline/_store.py"}
+    assert _called("pipeline/_pictures.py") == {
+        "ncsn/images.py",
+        *(f"pipeline/_{name}.py" for name in ("params", "stage", "store")),
+    }
 
 
 @pytest.mark.parametrize("graph", ["dvc.yaml", "sweeps/dvc.yaml"])

@@ -1,7 +1,8 @@
 """Fixtures for the stages: checked parameters from conf/, and an empty folder to run in."""
 
 import functools
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,21 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A new empty folder, made the current one, so that out/ lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of so many MB, small_disk(4), with more options, small_disk(1, "ro")."""
+    folder = tmp_path / "small"
+
+    def mount(megabytes: int, *options: str) -> Path:
+        folder.mkdir()
+        flags = ",".join([f"size={megabytes}m", *options])
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", flags, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a tmpfs, it takes root: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)

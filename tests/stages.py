@@ -1,0 +1,175 @@
+"""The stage train as a process of its own, on digits, and clusters of Ray for it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline import _checkpoints, _params, _ray, prepare, schedule, train
+from pipeline._store import store, write_text
+from pipeline.compose import compose
+from tests.clones import environment, repository
+
+STEPS = 120
+SETTINGS = ["experiment=tiny", f"train.steps={STEPS}", "train.save_every=8", "train.preview_every=400"]
+PATIENCE = 240  # seconds for what takes a quarter of a minute on a quiet machine
+
+
+def digits(folder):
+    """A repository with digits and their schedule."""
+    folder = repository(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params = _params.parse(compose(SETTINGS))
+        prepare.main(params)
+        schedule.main(params)
+    return folder
+
+
+class Stage:
+    """`python -m pipeline.train` with settings of its own, in a process group of its own; within `with` it runs."""
+
+    def __init__(self, folder, *overrides, name, **variables):
+        tree = compose([*SETTINGS, f"runtime.storage={name}", *overrides])
+        write_text(folder / f"{name}.yaml", _params.to_yaml(tree))
+        self.folder, self.log = folder, folder / f"{name}.log"
+        self.command = [sys.executable, "-m", "pipeline.train", "--params", f"{name}.yaml"]
+        self.environment = environment() | variables
+
+    def __enter__(self):
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                start_new_session=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.kill()
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def run(self):
+        """The store of its run, by what it said."""
+        return store(re.search(r"run folder (\S+)", self.printed())[1])
+
+    @property
+    def newest(self):
+        return max(_checkpoints.steps(self.run), default=-1)
+
+    def printed(self):
+        return self.log.read_text(errors="replace")
+
+    def until(self, holds):
+        """Wait for it; the stage must not end before."""
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert self.process.poll() is None, f"it ended: {self.printed()[-3000:]}"
+            assert time.monotonic() < deadline, f"it takes too long: {self.printed()[-3000:]}"
+            time.sleep(0.1)
+
+    def told(self, text):
+        """Wait until it has printed this."""
+        self.until(lambda: text in self.printed())
+
+    def trained(self, step):
+        """Wait until a checkpoint of this step, or a later one, is there."""
+        self.told("run folder")
+        self.until(lambda: self.newest >= step)
+
+    def ends(self, status=0):
+        assert self.process.wait(PATIENCE) == status, self.printed()[-3000:]
+
+    def workers(self):
+        """Ray's training workers below the stage."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def losses(run):
+    return _checkpoints.read(run, _checkpoints.steps(run)[0])["curves"][:, 1]
+
+
+def alone(inside, name, *overrides):
+    """The run of one worker, in this process."""
+    params = _params.parse(compose([*SETTINGS, *overrides]))
+    folder = store(str(inside / name / "train-alone"))
+    train.claim(folder, {})
+    held_out = prepare.load("test")[0][: train.HELD_OUT]
+    job = train.Job(
+        params, _ray.Shared(path=(prepare.OUT / "train.npy").resolve()), held_out, (1, 8, 8), schedule.load(), folder
+    )
+    cores = len(os.sched_getaffinity(0))
+    threads = min(cores, _ray.MOST_THREADS)
+    torch.set_num_threads(cores // threads)
+    try:
+        train.fit(job, _ray.World(threads=threads))
+    finally:
+        torch.set_num_threads(1)
+    return folder
+
+
+class Cluster:
+    """A Ray cluster on this machine, one node at first; within `with` it runs."""
+
+    def __init__(self, cpus=1):
+        self.folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: paths of sockets
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.cpus, self.nodes = cpus, []
+
+    def __enter__(self):
+        port = self.address.partition(":")[2]
+        head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}"]
+        self._start([], self.cpus, *head, "--include-dashboard=false")
+        return self
+
+    def __exit__(self, *exc):
+        while self.nodes:
+            self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, *prefix):
+        """A node of one CPU; its command behind a prefix."""
+        self._start(prefix, 1, f"--address={self.address}")
+
+    def kill(self):
+        """Kill the last node, with all its processes."""
+        node = self.nodes.pop()
+        for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+            process.kill()
+        node.wait()
+
+    def _start(self, prefix, cpus, *options):
+        ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--num-cpus={cpus}"]
+        # Ray's workers have a niceness of 15 by default, which starves them beside other work
+        variables = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        self.nodes.append(
+            subprocess.Popen(
+                [*prefix, *ray, "--object-store-memory=100000000", *options],
+                env=environment() | variables,
+                cwd=self.folder,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )

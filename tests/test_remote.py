@@ -1,0 +1,112 @@
+"""Training on nodes that share no file system, with an S3 server that goes away in between."""
+
+import os
+import pickle
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import _params, _ray, s3
+from pipeline._store import Bucket
+from pipeline.compose import compose
+from tests.clones import ROOT
+from tests.stages import Cluster, Stage, alone, digits, losses
+
+pytestmark = pytest.mark.graph
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return digits(tmp_path_factory.mktemp("remote"))
+
+
+@pytest.fixture
+def inside(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    with s3.ObjectStore(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+STORAGE = f"runtime.storage={s3.STORAGE}"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root: mounts over folders"
+)
+def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, objects, monkeypatch):
+    settings = ["train.steps=300", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
+    hidden = [inside, ROOT / "ncsn", ROOT / "pipeline"]
+    cover = " && ".join(f"mount -t tmpfs none {folder}" for folder in hidden)
+    with Cluster(cpus=0) as cluster:
+        cluster.add("unshare", "--mount", "sh", "-c", f'{cover} && exec "$@"', "sh")
+        with Stage(
+            inside,
+            STORAGE,
+            *settings,
+            name="remote",
+            RAY_ADDRESS=cluster.address,
+            RAY_AUTH_MODE="disabled",
+            **objects.client,
+        ) as stage:
+            for name, value in objects.client.items():
+                monkeypatch.setenv(name, value)
+            stage.told("run folder")
+            stage.trained(40)
+            objects.stop(signal.SIGKILL)
+            stage.told("trying again")
+            objects.start()
+            stage.ends()
+    assert "well again" in stage.printed()
+    assert objects.client["AWS_SECRET_ACCESS_KEY"] not in stage.printed()
+    assert not (inside / "runs").exists() or not list((inside / "runs").glob("train-*"))
+    torch.testing.assert_close(losses(stage.run), losses(alone(inside, "here", *settings)), rtol=1e-4, atol=0)
+
+
+def test_wrong_credentials_end_it_before_anything_starts(inside, objects):
+    wrong = objects.client | {"AWS_SECRET_ACCESS_KEY": "wrongwrongwrongwrong"}
+    with Stage(inside, STORAGE, name="refused", **wrong) as stage:
+        stage.ends(1)
+    (line,) = stage.printed().strip().splitlines()
+    assert line.startswith(f"error: storage {s3.STORAGE}")
+    assert "access is refused" in line
+    assert "AWS_SECRET_ACCESS_KEY" in line
+    assert wrong["AWS_SECRET_ACCESS_KEY"] not in line
+    assert wrong["AWS_ACCESS_KEY_ID"] not in line
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_data_too_large_for_the_object_store_is_mapped_from_a_copy_on_each_node(
+    where, objects, monkeypatch, tmp_path, caplog
+):
+    for name, value in objects.client.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setattr(_ray, "OBJECT_LIMIT", 0)
+    monkeypatch.setattr(_ray, "_local_folder", lambda name: str(tmp_path / "node" / name))
+    storage = s3.STORAGE if where == "bucket" else str(tmp_path / "shared")
+    runtime = _params.parse(compose([f"runtime.storage={storage}"])).runtime
+    x = np.random.default_rng(0).integers(0, 256, (5_000, 3, 32, 32), dtype=np.uint8)  # 15 MB: in parts
+    np.save(tmp_path / "train.npy", x)
+    handle = pickle.dumps(_ray.share(tmp_path / "train.npy", "digest", runtime))
+    _ray.share(tmp_path / "train.npy", "digest", runtime)
+    assert caplog.text.count("copying") <= 1  # there already, the second time
+    fetched = []
+    fetch = Bucket.fetch
+    monkeypatch.setattr(Bucket, "fetch", lambda self, *what: (fetched.append(what), fetch(self, *what)))
+    with ThreadPoolExecutor(4) as workers:
+        opened = list(workers.map(lambda _: pickle.loads(handle).open(), range(4)))
+    assert len(fetched) == (where == "bucket")
+    for array in opened:
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable
+        assert np.array_equal(array, x)
