@@ -233,7 +233,7 @@ def time_training(params: _params.Params) -> Training:
         drawer.draw(images)
         nfe = job.schedule["L"] * job.schedule["steps_per_level"] + 1
         preview = 2 * nfe * _seconds(lambda: drawer.draw(images)) / LEVELS
-    return Training(statistics.median(seconds), save, preview, checkpoint, gradients.most, _peak())
+    return Training(statistics.fmean(seconds), save, preview, checkpoint, gradients.most, _peak())
 
 
 def time_drawing(params: _params.Params) -> Drawing:
