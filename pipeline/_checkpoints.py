@@ -35,15 +35,22 @@ def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep
 
     Raises:
         FloatingPointError: If a tensor of the state is not finite; nothing is written.
+        StageError: If it cannot be written, for want of room for instance.
     """
     bad = [name for name, value in tensors.items() if name.partition(".")[2] and not value.isfinite().all()]
     if bad:
         raise FloatingPointError(f"{bad[0]} is not finite at step {about['step']}: lower train.learning_rate")
     content = save({name: value.contiguous() for name, value in tensors.items()})
     place = run / _name(about["step"])
-    place.write(STATE, content)
     meta = about | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        place.write(STATE, content)
+        place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise StageError(
+            f"checkpoint {place.uri} of {len(content):,} bytes cannot be written: {error.strerror}: make room, or "
+            "set runtime.storage; the earlier ones are whole"
+        ) from error
     _prune(run, keep)
 
 

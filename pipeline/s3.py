@@ -190,7 +190,9 @@ def serve(folder: Path, port: int, mlflow_port: int) -> None:
         variables = objects.client | {"MLFLOW_TRACKING_URI": tracking.uri}
         write_text(folder / "env", "".join(f"export {key}={value}\n" for key, value in variables.items()))
         print(f"object store  {objects.endpoint}\nMLflow        {tracking.uri}\n{_tell_dvc(objects.endpoint)}\n")
-        print(f"In another shell:\n  source {folder}/env\n  dvc exp run -S runtime.storage={STORAGE}\n  dvc push\n")
+        print(
+            f"In another shell:\n  source {folder}/env\n  dvc exp run -S runtime.storage={STORAGE}\n  dvc push dvc.yaml\n"
+        )
         print("Ctrl-C stops both; the next start has the same keys and data.", flush=True)
         while True:
             for service in (objects, tracking):

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
-from pipeline import _params, _ray, s3
-from pipeline._store import Bucket
+from pipeline import _checkpoints, _params, _ray, s3
+from pipeline._store import Bucket, store
 from pipeline.compose import compose
-from tests.clones import ROOT
+from tests.clones import ROOT, repository, run
 from tests.stages import Cluster, Stage, alone, digits, losses
 
 pytestmark = pytest.mark.graph
@@ -30,12 +31,6 @@ def inside(clone, monkeypatch):
     return clone
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    with s3.ObjectStore(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
 STORAGE = f"runtime.storage={s3.STORAGE}"
 
 
@@ -43,7 +38,7 @@ STORAGE = f"runtime.storage={s3.STORAGE}"
 @pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root: mounts over folders"
 )
-def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, objects, monkeypatch):
+def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, on_s3):
     settings = ["train.steps=300", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
     hidden = [inside, ROOT / "ncsn", ROOT / "pipeline"]
     cover = " && ".join(f"mount -t tmpfs none {folder}" for folder in hidden)
@@ -56,24 +51,22 @@ def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, o
             name="remote",
             RAY_ADDRESS=cluster.address,
             RAY_AUTH_MODE="disabled",
-            **objects.client,
+            **on_s3.client,
         ) as stage:
-            for name, value in objects.client.items():
-                monkeypatch.setenv(name, value)
             stage.told("run folder")
             stage.trained(40)
-            objects.stop(signal.SIGKILL)
+            on_s3.stop(signal.SIGKILL)
             stage.told("trying again")
-            objects.start()
+            on_s3.start()
             stage.ends()
     assert "well again" in stage.printed()
-    assert objects.client["AWS_SECRET_ACCESS_KEY"] not in stage.printed()
+    assert on_s3.client["AWS_SECRET_ACCESS_KEY"] not in stage.printed()
     assert not (inside / "runs").exists() or not list((inside / "runs").glob("train-*"))
     torch.testing.assert_close(losses(stage.run), losses(alone(inside, "here", *settings)), rtol=1e-4, atol=0)
 
 
-def test_wrong_credentials_end_it_before_anything_starts(inside, objects):
-    wrong = objects.client | {"AWS_SECRET_ACCESS_KEY": "wrongwrongwrongwrong"}
+def test_wrong_credentials_end_it_before_anything_starts(inside, on_s3):
+    wrong = on_s3.client | {"AWS_SECRET_ACCESS_KEY": "wrongwrongwrongwrong"}
     with Stage(inside, STORAGE, name="refused", **wrong) as stage:
         stage.ends(1)
     (line,) = stage.printed().strip().splitlines()
@@ -86,10 +79,8 @@ def test_wrong_credentials_end_it_before_anything_starts(inside, objects):
 
 @pytest.mark.parametrize("where", ["bucket", "folder"])
 def test_data_too_large_for_the_object_store_is_mapped_from_a_copy_on_each_node(
-    where, objects, monkeypatch, tmp_path, caplog
+    where, on_s3, monkeypatch, tmp_path, caplog
 ):
-    for name, value in objects.client.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     monkeypatch.setattr(_ray, "OBJECT_LIMIT", 0)
     monkeypatch.setattr(_ray, "_local_folder", lambda name: str(tmp_path / "node" / name))
@@ -110,3 +101,32 @@ def test_data_too_large_for_the_object_store_is_mapped_from_a_copy_on_each_node(
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
         assert np.array_equal(array, x)
+
+
+def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp_path, on_s3):
+    folder = repository(tmp_path / "clone")
+    with s3.TrackingServer(tmp_path / "mlflow", objects=on_s3) as server:
+        variables = on_s3.client | {"MLFLOW_TRACKING_URI": server.uri}
+        for command in (
+            ["dvc", "remote", "add", "--local", "--default", "bucket", f"s3://{s3.BUCKET}/dvc"],
+            ["dvc", "exp", "run", "-S", "experiment=tiny", "-S", STORAGE],
+            ["dvc", "push", "dvc.yaml"],
+        ):
+            done = run(*command, cwd=folder, **variables)
+            assert done.returncode == 0, done.stdout
+        client = MlflowClient(server.uri)
+        (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id])
+        assert found.info.status == "FINISHED"
+        assert found.info.artifact_uri.startswith("mlflow-artifacts:/")
+        assert found.data.metrics["train/loss"] > 0
+    assert not list(folder.glob("runs/train-*"))
+    names = store(f"s3://{s3.BUCKET}").names()
+    (training,) = {name.split("/")[1] for name in names if name.startswith("runs/train-") and "/previews/" in name}
+    assert _checkpoints.steps(store(f"{s3.STORAGE}/{training}")) == [12, 8, 0]
+    assert any(name.startswith("mlflow/") and name.endswith("report.html") for name in names)
+    weights = (folder / "out" / "train" / "ema.safetensors").read_bytes()
+    shutil.rmtree(folder / "out")
+    shutil.rmtree(folder / ".dvc" / "cache")
+    done = run("dvc", "pull", "dvc.yaml", cwd=folder, **variables)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "out" / "train" / "ema.safetensors").read_bytes() == weights

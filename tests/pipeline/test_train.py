@@ -282,28 +282,30 @@ def test_sliced_score_matching_learns_what_denoising_score_matching_judges(learn
     assert curve[-1] < min(curve[0], 0)  # a zero score has 0
 
 
-def _two_workers(job, tmp_path, steps):
-    """Train on two workers of gloo, this process the first, until a step."""
+def _workers(job, size, folder, steps, others=""):
+    """Train on workers of gloo, this process the first, until a step; `others` is code for the rest to run before."""
     job = _with(job, steps=steps)
-    (tmp_path / "job.pickle").write_bytes(pickle.dumps(job))
-    (tmp_path / "store").unlink(missing_ok=True)
+    (folder / "job.pickle").write_bytes(pickle.dumps(job))
+    (folder / "store").unlink(missing_ok=True)
     code = f"""
-import pickle, torch
+import pickle, sys, torch
 from pipeline import _ray, train
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=1, world_size=2)
-train.fit(pickle.load(open("{tmp_path}/job.pickle", "rb")), _ray.World(1, 2))
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size={size})
+{others}
+train.fit(pickle.load(open("{folder}/job.pickle", "rb")), _ray.World(rank, {size}))
 torch.distributed.destroy_process_group()
 """
-    other_worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    rest = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT) for rank in range(1, size)]
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=size, timeout=timedelta(seconds=120)
     )
     try:
-        train.fit(job, _ray.World(0, 2))
+        train.fit(job, _ray.World(0, size))
     finally:
         torch.distributed.destroy_process_group()
-    assert other_worker.wait(60) == 0
+    assert [process.wait(60) for process in rest] == [0] * (size - 1)
 
 
 def _same_run(one, other, rate, steps):
@@ -323,18 +325,49 @@ def test_two_workers_train_by_second_derivatives_as_one_does(job, world, compose
     job = dataclasses.replace(job, params=params)
     two = _elsewhere(job, "two")
     train.fit(job, world)
-    _two_workers(two, tmp_path, 4)
+    _workers(two, 2, tmp_path, 4)
     _same_run(job, two, params.train.learning_rate, 4)
 
 
 def test_the_number_of_workers_may_change_in_mid_run(job, world, tmp_path):
-    job = _with(job, decay="constant", warmup=0, batch_size=17)  # shares of 9 and 8
+    job = _with(job, decay="constant", warmup=0, batch_size=17)  # shares of 9 and 8, or of 4 and 5
     changing = _elsewhere(job, "changing")
     train.fit(job, world)
-    _two_workers(changing, tmp_path, 4)
+    _workers(changing, 2, tmp_path, 4)
     train.fit(_with(changing, steps=8), world)
-    _two_workers(changing, tmp_path, 12)
+    _workers(changing, 4, tmp_path, 12)
     _same_run(job, changing, job.params.train.learning_rate, 12)
+
+
+def test_all_workers_go_on_in_smaller_parts_where_one_has_no_memory_left(job, world, tmp_path, caplog):
+    job = _with(job, warmup=0)
+    scarce = _elsewhere(job, "scarce")
+    train.fit(job, world)
+    hungry = """
+objective = train.objective
+def hungry(loss):
+    def scarce(score, x, *rest):
+        if len(x) > 3 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return objective(loss)(score, x, *rest)
+    return scarce
+train.objective = hungry
+"""
+    _workers(scarce, 2, tmp_path, 12, hungry)
+    assert "out of memory: going on with train.micro_batch=2" in caplog.text
+    _same_run(job, scarce, job.params.train.learning_rate, 12)
+
+
+@pytest.mark.root
+def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(job, world, small_disk):
+    disk = small_disk(5)  # two checkpoints, not four
+    full = dataclasses.replace(job, folder=store(str(disk / "run")))
+    train.claim(full.folder, {})
+    with pytest.raises(StageError, match=r"step_000000\d\d of .* bytes cannot be written: No space left on device"):
+        train.fit(_with(full, save_every=2), world)
+    newest = _checkpoints.steps(full.folder)[0]
+    assert _checkpoints.read(full.folder, newest)["step"] == newest
+    assert not list(disk.rglob("*.part"))
 
 
 def test_a_size_that_the_network_cannot_take_is_named_before_anything_starts(compose_params, workdir, monkeypatch):
