@@ -273,7 +273,7 @@ def accumulate_gradients(
     state.optimizer.zero_grad()
     for micro in zip(*(tensor.split(most) for tensor in (x, sigma, *draws)), strict=True):
         if threads == 1:
-            loss = objective(forward or state.model, *micro)
+            loss = objective(state.model if forward is None else forward, *micro)
             (loss.sum() / (total or len(x))).backward()
             losses.append(loss.detach())
             continue

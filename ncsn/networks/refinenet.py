@@ -5,7 +5,7 @@ networks whose norms do not depend on it.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,73 @@ def instance_norm(x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor | None =
     Returns:
         Shape and dtype of x; statistics are at least float32.
     """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _normalised(x, gamma, beta, alpha, eps)[0]  # they make, and fuse, the gradient themselves
+    out: Tensor = _InstanceNorm.apply(x, gamma, beta, alpha, eps)
+    return out
+
+
+def _normalised(
+    x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """What `instance_norm` returns; mu and 1 / s, shape (B, C); t, (B, C), with 1 / sqrt(var_k mu + eps), (B, 1)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mu = x.mean((2, 3), dtype=dtype)  # (B, C); two plain means, since torch.var_mean is several times slower on CPUs
-    var = (x - mu[:, :, None, None]).square().mean((2, 3))
+    mu = x.mean((2, 3), dtype=dtype)  # two plain means, since torch.var_mean is several times slower on CPUs
+    r = torch.rsqrt((x - mu[:, :, None, None]).square_().mean((2, 3)) + eps)
+    contrast: tuple[Tensor, ...] = ()
     if alpha is not None:
         v, m = torch.var_mean(mu, dim=1, keepdim=True)  # (B, 1)
-        t = (mu - m) * torch.rsqrt(v + eps)
+        q = torch.rsqrt(v + eps)
+        t = (mu - m) * q
         beta = gamma * alpha * t + beta
+        contrast = t, q
     # One affine map of x: gamma (x - mu) / s + beta = scale x + shift, a single pass over the image.
-    scale = gamma * torch.rsqrt(var + eps)
+    scale = gamma * r
     shift = beta - scale * mu
-    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+    out = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None]).to(x.dtype)
+    return out, mu, r, contrast
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """`instance_norm` with its gradient in closed form.
+
+    Left to itself, autograd walks over the image some twenty times and keeps x - mu beside x (docs/performance.md).
+    It does where the gradient is to be differentiated in turn, as by sliced score matching.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, alpha: Tensor | None, eps: float) -> Tensor:
+        out, mu, r, contrast = _normalised(x, gamma, beta, alpha, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, gamma, beta, alpha, mu, r, *contrast)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, alpha, mu, r, *contrast = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad[:4]
+            inputs = [each for each, need in zip((x, gamma, beta, alpha), needed, strict=True) if need]
+            out = _normalised(x, gamma, beta, alpha, ctx.eps)[0]
+            gradients = iter(torch.autograd.grad(out, inputs, g, create_graph=True))
+            return *(next(gradients) if need else None for need in needed), None
+        total = g.sum((2, 3), dtype=mu.dtype)  # that of beta in each image
+        along = (x - mu[:, :, None, None]).mul_(g).sum((2, 3)) * r  # that of gamma, without the contrast
+        scale, n = gamma * r, g[0, 0].numel()
+        to_gamma, to_mu, to_alpha = along, scale * total, None
+        if contrast:
+            t, q = contrast
+            to_alpha = gamma * t * total
+            to_gamma = along + alpha * t * total
+            to_t = gamma * alpha * total
+            to_mu -= q * (to_t - to_t.mean(1, keepdim=True) - t * (to_t * t).sum(1, keepdim=True) / (t.shape[1] - 1))
+            to_alpha = to_alpha.sum_to_size(alpha.shape)
+        # scale (g - mean g - (x - mu) / s^2 mean g (x - mu)), and the mean's part in t
+        slope = scale * r * along / -n
+        constant = to_mu / -n - slope * mu
+        to_x = torch.addcmul(constant[:, :, None, None], x, slope[:, :, None, None])
+        to_x = to_x.addcmul_(g, scale[:, :, None, None]).to(x.dtype)
+        return to_x, to_gamma.sum_to_size(gamma.shape), total.sum_to_size(beta.shape), to_alpha, None
 
 
 class NoNorm(nn.Module):

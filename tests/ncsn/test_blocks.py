@@ -106,6 +106,85 @@ def test_norm_keeps_the_statistics_of_bfloat16_images_in_float32():
     torch.testing.assert_close(out.float(), instance_norm(x.float(), ones, torch.zeros(4)), rtol=2**-8, atol=0)
 
 
+def _coefficients(rows, channels, generator):
+    """gamma, beta and alpha, one row for all images or one for each."""
+    shape = (3, channels) if rows is None else (3, rows, channels)
+    return list(torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_().unbind())
+
+
+@pytest.mark.parametrize("contrast", [True, False])
+@pytest.mark.parametrize("rows", [None, 2], ids=["shared", "conditional"])
+def test_gradients_of_the_norm_by_finite_differences(contrast, rows):
+    generator = torch.Generator().manual_seed(0)
+    x = (3 + 2 * torch.randn(2, 3, 2, 3, dtype=torch.float64, generator=generator)).requires_grad_()
+    gamma, beta, alpha = _coefficients(rows, 3, generator)
+    inputs = (x, gamma, beta, alpha) if contrast else (x, gamma, beta)
+    assert torch.autograd.gradcheck(instance_norm, inputs)
+    assert torch.autograd.gradgradcheck(instance_norm, inputs)
+    frozen = x.detach(), *inputs[1:]
+    assert torch.autograd.gradcheck(instance_norm, frozen)
+    assert torch.autograd.gradgradcheck(instance_norm, frozen)
+
+
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_gradient_of_the_norm_is_exact_in_float32_when_the_mean_is_large(mean):
+    generator = torch.Generator().manual_seed(0)
+    x = mean + torch.randn(2, 4, 16, 16, dtype=torch.float32, generator=generator)
+    g = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    coefficients = [each.detach() for each in _coefficients(None, 4, generator)]
+
+    def gradients(dtype):
+        inputs = [each.to(dtype).requires_grad_() for each in (x, *coefficients)]
+        return torch.autograd.grad(instance_norm(*inputs), inputs, g.to(dtype))
+
+    tolerance = 1e-6 * max(1, mean)  # mu itself is known to a few ulps, 6e-8 mean
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_gradient_of_the_norm_of_bfloat16_images_is_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    x = (10 + torch.randn(2, 4, 32, 32, generator=generator)).bfloat16()
+    g = torch.randn(x.shape, generator=generator).bfloat16()
+    coefficients = [each.detach().float() for each in _coefficients(None, 4, generator)]
+
+    def gradients(x, g):
+        inputs = [each.clone().requires_grad_() for each in (x, *coefficients)]
+        return torch.autograd.grad(instance_norm(*inputs), inputs, g)
+
+    (to_x, *found), (expected_x, *expected) = gradients(x, g), gradients(x.float(), g.float())
+    assert to_x.dtype == torch.bfloat16
+    torch.testing.assert_close(to_x.float(), expected_x, rtol=2**-8, atol=1e-6)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
+def test_norm_and_gradient_are_the_same_under_function_transforms_and_compilation():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    coefficients = _coefficients(None, 4, generator)
+    g = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    out = instance_norm(x, *coefficients)
+    expected = torch.autograd.grad(out, (x, *coefficients), g)
+    transformed, pull = torch.func.vjp(instance_norm, x, *coefficients)
+    compiled = torch.compile(instance_norm, backend="aot_eager", fullgraph=True)(x, *coefficients)
+    for other in (transformed, compiled):
+        torch.testing.assert_close(other, out, rtol=1e-12, atol=1e-12)
+    for found in (pull(g), torch.autograd.grad(compiled, (x, *coefficients), g)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    tangent = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    _, pushed = torch.func.jvp(lambda x: instance_norm(x, *coefficients), (x,), (tangent,))
+    torch.testing.assert_close((pushed * g).sum(), (expected[0] * tangent).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_norm_keeps_one_image_and_few_statistics_for_its_gradient():
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        instance_norm(x, *(torch.ones(8, requires_grad=True) for _ in range(3)))
+    assert sum(tensor.numel() for tensor in kept) < 1.05 * x.numel()
+
+
 def test_conditional_norms_start_as_published():
     plus = ConditionalInstanceNorm(1000, 20).embed.weight
     for scale in (plus[:, :1000], plus[:, 1000:2000]):
