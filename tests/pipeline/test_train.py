@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -543,6 +544,16 @@ def test_shorter_numbers_train_too(job, world, precision):
     assert torch.allclose(a["curves"], b["curves"], rtol=0.1, equal_nan=True)
     assert b["model.begin_conv.weight"].dtype == torch.float32
     assert torch.equal(a["model.begin_conv.weight"], b["model.begin_conv.weight"]) == (precision == "tf32")  # on CPUs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("NCSN_SLOW"), reason="compiles for a minute: set NCSN_SLOW=1")
+def test_a_compiled_network_trains_alike(job, world):
+    train.fit(job, world)
+    runtime = dataclasses.replace(job.params.runtime, compile=True)
+    compiled = _elsewhere(dataclasses.replace(job, params=dataclasses.replace(job.params, runtime=runtime)), "compiled")
+    train.fit(compiled, world)
+    torch.testing.assert_close(_tensors(compiled)["curves"], _tensors(job)["curves"], rtol=1e-5, atol=0, equal_nan=True)
 
 
 def test_the_learning_rate_warms_up_and_falls_linearly_or_stays(params):
