@@ -302,7 +302,13 @@ def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], Non
     Returns:
         Norm of the gradient, shape (); not finite if the loss is not.
     """
-    gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+    gradients = []
+    for parameter in state.model.parameters():
+        if parameter.grad is None:
+            continue
+        if parameter.grad.stride() != parameter.stride():  # torch's fused Adam reads both as they lie in memory
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        gradients.append(parameter.grad)
     total = loss.sum()
     if reduce is not None:
         reduce([*gradients, total])

@@ -1,7 +1,7 @@
 """Checkpoints of one run in a store: step_00000260/state.safetensors, then step_00000260/meta.json, which commits it.
 
 A checkpoint without its meta.json was never finished and does not count; one whose bytes differ from what meta.json
-says is reported and passed over.
+says is reported and passed over. A store that cannot be read is no damage: it ends what is done.
 """
 
 import hashlib
@@ -18,6 +18,10 @@ from pipeline._store import Store
 STATE, META = "state.safetensors", "meta.json"
 
 
+class DamagedError(StageError):
+    """A checkpoint that is not what was saved."""
+
+
 def steps(run: Store) -> list[int]:
     """The steps of all finished checkpoints, newest first."""
     found = (re.fullmatch(rf"step_(\d+)/{META}", name) for name in run.names())
@@ -25,7 +29,7 @@ def steps(run: Store) -> list[int]:
 
 
 def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep: int) -> None:
-    """Write the checkpoint of about["step"]; of all keep the initial one, the best, and the `keep` newest.
+    """Write the checkpoint of about["step"]; of all keep the best and the `keep` newest.
 
     Args:
         run: Where.
@@ -35,22 +39,18 @@ def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep
 
     Raises:
         FloatingPointError: If a tensor of the state is not finite; nothing is written.
-        StageError: If it cannot be written, for want of room for instance.
     """
-    bad = [name for name, value in tensors.items() if name.partition(".")[2] and not value.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} is not finite at step {about['step']}: lower train.learning_rate")
-    content = save({name: value.contiguous() for name, value in tensors.items()})
+    here = {}
+    for name, value in tensors.items():
+        if "." in name and not value.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite at step {about['step']}: lower train.learning_rate")
+        here[name] = value.cpu().contiguous()
+    content = save(here)
     place = run / _name(about["step"])
     meta = about | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    try:
-        place.write(STATE, content)
-        place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        raise StageError(
-            f"checkpoint {place.uri} of {len(content):,} bytes cannot be written: {error.strerror}: make room, or "
-            "set runtime.storage; the earlier ones are whole"
-        ) from error
+    place.remove(META)  # of an earlier try, while the state is another
+    place.write(STATE, content)
+    place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
     _prune(run, keep)
 
 
@@ -59,34 +59,34 @@ def newest(run: Store) -> tuple[int, dict[str, Tensor]] | None:
     for step in steps(run):
         try:
             return step, read(run, step)
-        except StageError as error:
+        except DamagedError as error:
             log.warning("%s, so it is passed over", error)
     return None
 
 
 def read(run: Store, step: int) -> dict[str, Tensor]:
-    """The tensors of one checkpoint; raises StageError if it is damaged."""
+    """The tensors of one checkpoint; raises DamagedError."""
     place = run / _name(step)
     try:
         meta, content = about(run, step), place.read(STATE)
     except FileNotFoundError as error:
-        raise StageError(f"checkpoint {place.uri} is damaged: a file is missing") from error
+        raise DamagedError(f"checkpoint {place.uri} is damaged: a file is missing") from error
     if len(content) != meta["bytes"] or hashlib.sha256(content).hexdigest() != meta["sha256"]:
         found = f"{len(content):,} bytes" if len(content) != meta["bytes"] else "other bytes of this number"
-        raise StageError(
+        raise DamagedError(
             f"checkpoint {place.uri} is damaged: {found} in place of the {meta['bytes']:,} that were saved"
         )
     return load(content)
 
 
 def about(run: Store, step: int) -> dict[str, Any]:
-    """What meta.json says of a checkpoint; raises StageError if it is damaged."""
+    """What meta.json says of a checkpoint; raises DamagedError."""
     place = run / _name(step)
     try:
         meta: dict[str, Any] = json.loads(place.read(META))
         _ = meta["bytes"], meta["sha256"], meta["test_loss"]
     except (ValueError, KeyError, TypeError) as error:
-        raise StageError(f"checkpoint {place.uri} is damaged: {META} cannot be read") from error
+        raise DamagedError(f"checkpoint {place.uri} is damaged: {META} cannot be read") from error
     return meta
 
 
@@ -96,14 +96,14 @@ def _prune(run: Store, keep: int) -> None:
     for step in found:
         try:
             losses[step] = about(run, step)["test_loss"]
-        except StageError:
-            continue  # damaged: not the best
+        except DamagedError:
+            continue  # not the best
     judged = [step for step, loss in losses.items() if loss is not None]
-    kept = {*found[:keep], found[-1], *sorted(judged, key=losses.__getitem__)[:1]}
-    for step in set(found) - kept:
-        place = run / _name(step)
-        place.remove(META)  # first: what is half removed does not count
-        run.remove(_name(step))
+    kept = {_name(step) for step in (*found[:keep], *sorted(judged, key=losses.__getitem__)[:1])}
+    there = {name.split("/")[0] for name in run.names() if name.startswith("step_")}
+    for name in sorted(there - kept):  # old ones, and what a save left that was broken off
+        (run / name).remove(META)  # first: what is half removed does not count
+        run.remove(name)
 
 
 def _name(step: int) -> str:

@@ -176,6 +176,7 @@ class Runtime:
     workers: int | tuple[int, ...] = _workers()
     max_failures: int = _whole(0)
     resize_interval: float = _positive()
+    save_interval: float = _positive()
     storage: str = _rule("a folder or s3://bucket/prefix", bool)
     keep: int = _whole(1)
     compile: bool = _rule("true or false")
@@ -255,6 +256,11 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"model.multipliers={params.model.multipliers}: expected {allowed}; got model.name={params.model.name}"
         )
+    if params.runtime.compile and params.loss.name != "dsm":
+        raise ParamsError(
+            f"runtime.compile=True: expected false with loss={params.loss.name}: torch.compile does not take second "
+            "derivatives"
+        )
     if params.data.crop is not None and params.data.name not in ("image_folder", "celeba32", "celeba64"):
         raise ParamsError(f"data.crop={params.data.crop}: expected null with data={params.data.name}")
     if params.noise.sigma_1 is not None and params.noise.sigma_1 <= params.noise.sigma_L:
@@ -267,6 +273,14 @@ def parse(tree: Any) -> Params:
             "Langevin steps diverge"
         )
     return params
+
+
+def result(params: Params, *sections: str) -> dict[str, Any]:
+    """`as_dict` without what changes no result: how many images at once, how much patience."""
+    tree = as_dict(params, *sections)
+    for key in ("micro_batch", "max_skipped"):
+        tree.get("train", {}).pop(key, None)
+    return tree
 
 
 def as_dict(params: Params, *sections: str) -> dict[str, Any]:

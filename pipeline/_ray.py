@@ -8,12 +8,14 @@ import dataclasses
 import fcntl
 import logging
 import os
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,10 @@ from pipeline._store import Bucket, Folder, store
 ROOT = Path(__file__).resolve().parent.parent
 LISTEN_INTERVAL = 0.5  # seconds between looks into the mailbox
 OBJECT_LIMIT = 2**30  # bytes from which on data does not go through Ray's object store
+LONGEST = timedelta(days=1)  # that workers wait for each other; for one that died they do not wait
+ANSWER = 25.0  # seconds within which the workers should say that they stop
 BUCKET = 64 * 2**20  # bytes that travel between workers at once
-BEGUN = "begun"
+BEGUN, STOPPING = "begun", "stopping"  # messages of our own
 MOST_THREADS = 4  # that train side by side: more would wait for Python's lock; other cores help inside operations
 
 
@@ -78,20 +82,29 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := _address(runtime):
         code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
-        ray.init(address, logging_level=logging.WARNING, runtime_env=code)
+        try:
+            ray.init(address, logging_level=logging.WARNING, runtime_env=code)
+        except (ConnectionError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        ray.init(
-            "local",
-            num_cpus=max(_cores(), most(runtime.workers)),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": _quieter()},
-            # A folder of our own: traces of other Ray versions and clusters in the default one slow each start down.
-            _temp_dir=_local_folder(),
-        )
+        # Ray's processes inherit the mask: a signal to the whole process group is the stage's to answer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)
+        try:
+            ray.init(
+                "local",
+                num_cpus=max(_cores(), most(runtime.workers)),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env={"worker_process_setup_hook": _quieter()},
+                # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
+                _temp_dir=_local_folder(),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield
     finally:
@@ -173,7 +186,7 @@ def train(
     """
     # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
     fewest = workers if isinstance(workers, int) else workers[0]
@@ -195,6 +208,7 @@ def train(
                 # not in Ray's runtime environment, which its dashboard shows
                 "environment": {key: value for key, value in os.environ.items() if key.startswith("AWS_")},
             },
+            torch_config=TorchConfig(timeout_s=int(LONGEST.total_seconds())),
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=runtime.resize_interval
             ),
@@ -217,11 +231,15 @@ def train(
 
 
 def _cause(failures: list[Exception], max_failures: int) -> Exception:
+    """What to raise for the last failures of the workers, of whom those that died draw others after them."""
+    failures = [getattr(error, "health_check_failure", error) for error in failures]
     dead = [error for error in failures if isinstance(error, RayActorError)]
-    if not dead:
-        return failures[0]
-    told = " ".join(str(dead[0]).split())
-    return StageError(f"workers died more than runtime.max_failures={max_failures} times: {told}")
+    error = (dead or failures)[0]
+    if isinstance(error, StageError) or not isinstance(error, RuntimeError | OSError | RayActorError):
+        return error
+    what = "a worker died" if dead else f"{type(error).__name__}"
+    told = " ".join(str(error).split())
+    return StageError(f"training failed more than runtime.max_failures={max_failures} times, at last: {what}: {told}")
 
 
 class _Post:
@@ -232,7 +250,8 @@ class _Post:
         self.mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         self.hear, self.signals = hear, signals
         self.error: Exception | None = None
-        self.told = False
+        self.told: float | None = None  # when the workers were asked to stop
+        self.answered = False
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._listen, name="post", daemon=True)
 
@@ -258,15 +277,21 @@ class _Post:
             self.mailbox.ask_to_stop.remote()
 
     def _pass_on(self) -> None:
-        if self.signals.name is not None and not self.told:
+        if self.signals.name is not None and self.told is None:
             log.warning("%s: training stops after this step and is saved", self.signals.name)
             self.mailbox.ask_to_stop.remote()
-            self.told = True
+            self.told = time.monotonic()
         for kind, *what in ray.get(self.mailbox.take.remote()):
             if kind == BEGUN:
                 self.signals.held = True
+            elif kind == STOPPING:
+                self.answered = True
             else:
                 self.hear(kind, *what)
+        if self.told is not None and not self.answered and time.monotonic() - self.told > ANSWER:
+            log.warning("no worker has answered for %.0f s: ending with the checkpoints that are there", ANSWER)
+            self.answered = True
+            self.signals.give_up()
 
 
 class _Poll:
@@ -342,7 +367,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     alone = size == 1 and device.type == "cpu" and config["side_by_side"]
     threads = min(cores, MOST_THREADS) if alone else 1
     torch.set_num_threads(cores // threads)
-    host = torch.distributed.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    apart = size > 1 and device.type == "cuda"
+    host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if apart else None
     if rank == 0:
         mailbox.put.remote(BEGUN)
         log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device))

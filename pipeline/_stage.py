@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ class StoppedError(StageError):
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 raise StoppedError; or, while `held`, are noted alone, for one who saves first.
+    """The first SIGTERM or SIGUSR1 raises StoppedError; or, while `held`, is noted alone, for one who saves first.
 
     Attributes:
         name: Of the signal that came, None before.
@@ -34,6 +35,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.name: str | None = None
         self.held = False
+        self._given_up = False
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.getsignal(number) for number in self.NUMBERS}
@@ -49,9 +51,17 @@ class StopSignals:
         for number in self.NUMBERS:
             signal.signal(number, self._handle)
 
+    def give_up(self) -> None:
+        """From any thread: let the main one raise StoppedError now, held or not, for the signal that has come."""
+        self._given_up = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _handle(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-        if not self.held:
+        if self.name is not None and not self._given_up:
+            return  # on the way out
+        self.name = self.name or signal.Signals(number).name
+        if self._given_up or not self.held:
+            self._given_up = False
             self.stop()
 
     def stop(self) -> None:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from pipeline._stage import StageError, log
 
 T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
 
 
 @contextmanager
@@ -69,8 +70,8 @@ class Folder:
         return Folder(f"{self.uri}/{name}")
 
     def write(self, name: str, content: bytes | Path) -> None:
-        """Store bytes, or a copy of a file, whole or not at all; raises OSError (ENOSPC: the disk is full)."""
-        with replacing(self._path(name)) as part:
+        """Store bytes, or a copy of a file, whole or not at all; raises StageError if the disk is full."""
+        with _room(self._path(name)), replacing(self._path(name)) as part:
             if isinstance(content, Path):
                 shutil.copyfile(content, part)
             else:
@@ -82,13 +83,13 @@ class Folder:
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy an object to a local file, whole or not at all; raises FileNotFoundError."""
-        with replacing(path) as part:
+        with _room(path), replacing(path) as part:
             shutil.copyfile(self._path(name), part)
 
     def names(self) -> list[str]:
         """The names of all objects, sorted, with / between their parts."""
-        root = Path(self.uri)
-        found = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+        root = Path(self.uri)  # by os.walk, which passes over folders that vanish meanwhile
+        found = (Path(folder, file).relative_to(root) for folder, _, files in os.walk(root) for file in files)
         return sorted(name.as_posix() for name in found if not any(part.endswith(".part") for part in name.parts))
 
     def remove(self, name: str) -> None:
@@ -108,12 +109,11 @@ class Folder:
         try:
             _probe(self)
             for part in list(Path(self.uri).rglob(".*.part")):
-                if part.is_file() and time.time() - part.stat().st_mtime > 24 * 3600:
-                    part.unlink()
+                if time.time() - part.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            fix = "make room there" if full else "make it a folder that can be written"
-            raise StageError(f"storage {self.uri}: {error.strerror}: {fix}, or set runtime.storage") from None
+            fix = "make it a folder that can be written, or set runtime.storage"
+            raise StageError(f"storage {self.uri}: {error.strerror}: {fix}") from None
 
     def _path(self, name: str) -> Path:
         return Path(self.uri, name)
@@ -157,7 +157,7 @@ class Bucket:
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy an object to a local file, whole or not at all; raises FileNotFoundError."""
-        with replacing(path) as part:
+        with _room(path), replacing(path) as part:
             self._patiently(lambda client: client.download_file(self._bucket, self._key(name), str(part)), name)
 
     def names(self) -> list[str]:
@@ -276,6 +276,18 @@ def code_digest(*paths: str) -> str:
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """Within it a full disk is a StageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fix = "make room there, or set runtime.storage"
+        raise StageError(f"{path} cannot be written: {error.strerror}: {fix}") from error
 
 
 def _probe(where: Store) -> None:

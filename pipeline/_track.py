@@ -259,7 +259,7 @@ def revision() -> str | None:
 
 def _about(uri: str, params: _params.Params) -> dict[str, Any]:
     """What it takes to find or to start the run, as JSON."""
-    key = fingerprint([_params.as_dict(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
+    key = fingerprint([_params.result(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
     tags = {KEY: key, "mlflow.source.name": "dvc repro", "runtime.workers": str(params.runtime.workers)}
     if commit := revision():
         tags["mlflow.source.git.commit"] = commit

@@ -7,12 +7,14 @@ broken. SIGTERM and SIGUSR1 save a checkpoint and end with exit status 75.
 """
 
 import csv
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,12 @@ from ncsn.training import Objective, TrainState, accumulate_gradients, data_orde
 from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log
-from pipeline._store import Store, code_digest, fingerprint, replacing_folder, sha256, store, write_json
+from pipeline._store import Folder, Store, code_digest, fingerprint, replacing_folder, sha256, store, write_json
 
 OUT = Path("out/train")
 PREVIEW = 25  # images
-FEWEST = 4  # where a preview would cost more than PREVIEW_BUDGET
-PREVIEW_BUDGET = 32 * 10**6  # pixels through the network; NCSNv2 on CIFAR-10 needs 30 million for 25 images
+FEWEST = 2  # where a preview would cost more than PREVIEW_BUDGET
+PREVIEW_BUDGET = 16 * 10**6  # pixels through each of two networks; NCSNv2 on CIFAR-10 needs 16 million for 13 images
 HELD_OUT = 500  # test images whose loss tells the best checkpoint
 HELD_OUT_BATCH = 100
 LEVEL_GROUPS = 10  # curves of the loss in MLflow, each of neighbouring levels
@@ -79,11 +81,8 @@ class DivergedError(FloatingPointError):
 def main(params: _params.Params) -> None:
     manifest, levels = prepare.manifest(), schedule.load()
     check(describe(params.model, manifest["shape"][0], levels["sigmas"]), manifest["shape"])
-    settings = _params.as_dict(params, "loss", "model", "train")
-    for how in ("micro_batch", "max_skipped"):  # change no result
-        del settings["train"][how]
     identity = {
-        "params": settings,
+        "params": _params.result(params, "loss", "model", "train"),
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
         "levels": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},  # the last two: previews
@@ -105,7 +104,7 @@ def main(params: _params.Params) -> None:
     claim(folder, identity)
     log.info("run folder %s", folder.uri)
     held_out = np.array(prepare.load("test")[0][:HELD_OUT])
-    with _stage.StopSignals() as signals, _track.run(params) as run, run.system_metrics():
+    with _lone(folder), _stage.StopSignals() as signals, _track.run(params) as run, run.system_metrics():
         with _ray.cluster(params.runtime):
             digest = manifest["splits"]["train"]["sha256"]
             data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)
@@ -113,8 +112,8 @@ def main(params: _params.Params) -> None:
             try:
                 _ray.train(fit, job, params.runtime, name=name, signals=signals, hear=Ear(run, params.train.steps))
             except FloatingPointError as error:
-                kept = _checkpoints.steps(folder)
-                raise StageError(f"{error}; last good checkpoint: step {kept[0]} in {folder.uri}") from error
+                kept = [f"step {step}" for step in _checkpoints.steps(folder)] or ["none"]
+                raise StageError(f"{error}; last good checkpoint: {kept[0]} in {folder.uri}") from error
         publish(job, name)
         run.artifact(OUT / "loss.csv", "train")
         run.artifact(OUT / "loss_per_level.csv", "train")
@@ -133,6 +132,20 @@ def claim(folder: Store, identity: dict[str, Any]) -> None:
             f"{folder.uri} holds a run of other parameters, data or code, by its identity.json: move it away, or set "
             "runtime.storage"
         )
+
+
+@contextmanager
+def _lone(folder: Store) -> Iterator[None]:
+    """Hold a run folder for this process alone, where it is a local one; raises StageError if another one trains it."""
+    if not isinstance(folder, Folder):
+        yield
+        return
+    with open(Path(folder.uri, "lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(f"{folder.uri} is being trained by another process: wait for it, or stop it") from error
+        yield
 
 
 class Ear:
@@ -244,6 +257,8 @@ def fit(job: Job, world: _ray.World) -> None:
                 curves = torch.cat([curves, row(state.step, total)])
                 total = torch.zeros_like(total)
             window.copy_(total if world.rank == 0 else torch.zeros_like(total))
+            if stop and world.rank == 0:
+                world.tell(_ray.STOPPING)
             if observer is not None:
                 observer(curves, total, norm, watch.skipped, stop)
 
@@ -266,7 +281,10 @@ class Batches:
         if world.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(world.device)
             if self.pixels.nbytes < DEVICE_SHARE * free:
-                self.resident = torch.from_numpy(np.array(self.pixels)).to(world.device)
+                self.resident = torch.empty(self.pixels.shape, dtype=torch.uint8, device=world.device)
+                for first in range(0, len(self.pixels), 10_000):  # no copy of all in this machine's memory
+                    some = np.array(self.pixels[first : first + 10_000])
+                    self.resident[first : first + len(some)] = torch.from_numpy(some)
             else:
                 self.reader = ThreadPoolExecutor(1, "reader")
 
@@ -343,7 +361,7 @@ class Gradients:
 
     def _try(self, x: Tensor, sigma: Tensor, *draws: Tensor) -> Tensor | None:
         try:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.p.precision == "bf16"):
+            with autocast(self.p.precision, x.device):
                 return accumulate_gradients(
                     self.state,
                     x,
@@ -367,7 +385,8 @@ class Gradients:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU's memory, or this machine's, did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 class Watch:
@@ -416,7 +435,8 @@ class Observer:
         # what a driver did not live to hear
         told = [(int(step), loss) for step, loss in curves[:, :2].tolist() if math.isfinite(loss)]
         world.tell("at", told, state.step)
-        self.since = time.monotonic(), state.step
+        self.saved = time.monotonic()
+        self.since = self.saved, state.step
 
     def __call__(self, curves: Tensor, window: Tensor, norm: Tensor, skipped: int, stop: bool) -> None:
         p, step = self.job.params.train, self.state.step
@@ -424,8 +444,10 @@ class Observer:
             self.world.tell("metrics", self.metrics(curves, norm, skipped), step)
         if due(step, p.preview_every, p.steps):
             preview(self.job, self.state, self.world)
-        if stop or due(step, p.save_every, p.steps):
+        long_ago = time.monotonic() - self.saved > self.job.params.runtime.save_interval
+        if stop or long_ago or due(step, p.save_every, p.steps):
             save(self.job, self.state, curves, window, judge=not stop)
+            self.saved = time.monotonic()
         if stop:
             log.warning("step %d is saved in %s", step, self.job.folder.uri)
 
@@ -456,6 +478,11 @@ def use_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.allow_tf32 = not exact
     torch.backends.cudnn.benchmark = True  # all batches have one shape
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Within it networks compute in bfloat16, if the precision is bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def learning_rate(p: _params.Train, step: int) -> float:
@@ -531,7 +558,7 @@ def held_out_loss(job: Job, state: TrainState) -> float:
     for index in torch.arange(len(job.held_out), device=device).split(most):
         x = to_space(images.to_float(torch.from_numpy(job.held_out[index.cpu().numpy()]).to(device)))
         level, z = train_draws(sigmas, x.shape[1:], seed=p.train.seed, index=index)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=p.train.precision == "bf16"):
+        with torch.no_grad(), autocast(p.train.precision, device):
             loss = objective(p.loss)(state.ema.model, x, sigmas[level].float(), z, *directions(job, index))
         total += float(loss.double().sum())
     if not math.isfinite(total):
@@ -556,15 +583,16 @@ def preview(job: Job, state: TrainState, world: _ray.World) -> None:
     grids = []
     for model in (state.ema.model, state.model):
         try:
-            x = samplers.annealed_langevin(
-                model,
-                to_space(random.start_images(seed, index, job.shape)),
-                torch.tensor(job.schedule["sigmas"]),
-                epsilon=job.schedule["epsilon"],
-                steps_per_level=job.schedule["steps_per_level"],
-                noise=random.seeded_noise(seed, index),
-                observe=give_up,
-            )
+            with autocast(job.params.train.precision, world.device):
+                x = samplers.annealed_langevin(
+                    model,
+                    to_space(random.start_images(seed, index, job.shape)),
+                    torch.tensor(job.schedule["sigmas"]),
+                    epsilon=job.schedule["epsilon"],
+                    steps_per_level=job.schedule["steps_per_level"],
+                    noise=random.seeded_noise(seed, index),
+                    observe=give_up,
+                )
         except _StopError:
             return
         grids.append(grid_picture(images.to_uint8(to_pixels(x).cpu()), columns=5))
@@ -583,13 +611,12 @@ def preview_size(job: Job) -> int:
 def publish(job: Job, name: str) -> None:
     """Write out/train from the last checkpoint of the run folder."""
     steps = _checkpoints.steps(job.folder)
-    tensors, initial = _checkpoints.read(job.folder, steps[0]), _checkpoints.read(job.folder, steps[-1])
-    p = job.params
+    tensors, p = _checkpoints.read(job.folder, steps[0]), job.params
     with replacing_folder(OUT) as out:
         write_model(
             out,
             below(tensors, "ema."),
-            below(initial, "model."),
+            initial_network(job.network, p.train.seed).state_dict(),
             {
                 "network": job.network,
                 "space": p.train.space,

@@ -63,7 +63,7 @@ def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
         stage.workers()[1].kill()
         stage.told("going on from step")
         stage.trained(stage.newest + 8)
-        os.kill(stage.process.pid, signal.SIGTERM)
+        os.killpg(stage.process.pid, signal.SIGTERM)  # to Ray's processes too
         started = time.monotonic()
         stage.ends(STOPPED)
         assert time.monotonic() - started < 30
@@ -93,6 +93,15 @@ def test_a_run_that_diverges_ends_in_one_line_without_another_try(inside):
     assert last.startswith("error: ")
     assert "last good checkpoint: step 0 in" in last
     assert stage.printed().count("1 worker, ") == 1
+
+
+def test_a_worker_that_dies_too_often_ends_in_one_line(inside):
+    with Stage(inside, "runtime.max_failures=0", name="unlucky") as stage:
+        stage.trained(8)
+        stage.workers()[0].kill()
+        stage.ends(1)
+    *_, last = stage.printed().strip().splitlines()
+    assert last.startswith("error: training failed more than runtime.max_failures=0 times, at last: a worker died")
 
 
 def test_nodes_come_and_go(inside):
