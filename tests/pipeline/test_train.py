@@ -230,14 +230,15 @@ def test_the_newest_and_the_best_checkpoint_stay(job, world):
         if step == 2:
             (job.folder / "step_00000001").remove("meta.json")  # broken off
     assert _checkpoints.steps(job.folder) == [6, 5, 2]
-    assert {name.split("/")[0] for name in job.folder.names()} == {
-        "identity.json",
-        *map("step_{:08d}".format, (2, 5, 6)),
-    }
+    there = {name.split("/")[0] for name in job.folder.names()}
+    assert there == {"identity.json", "step_00000002", "step_00000005", "step_00000006"}
 
 
 class _Away(Folder):
     """A store that answers no more."""
+
+    def __truediv__(self, name):
+        return _Away(f"{self.uri}/{name}")
 
     def read(self, name):
         raise StageError("still so after 180 s")
