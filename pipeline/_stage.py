@@ -18,8 +18,11 @@ class StageError(RuntimeError):
     """A failure whose message tells the person all they need; printed without a traceback."""
 
 
-class StoppedError(StageError):
-    """A stop that was asked for; what was done is saved, and the same command goes on. Exit status `STOPPED`."""
+class StoppedError(BaseException):
+    """A stop that was asked for; what was done is saved, and the same command goes on. Exit status `STOPPED`.
+
+    No Exception, like KeyboardInterrupt: a signal's handler raises it wherever the program is.
+    """
 
 
 class StopSignals:
