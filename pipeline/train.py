@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,9 @@ class Ear:
             if self.bar.disable and time.monotonic() - self.said > SAID_EVERY:
                 self.said = time.monotonic()
                 log.info(
-                    "step %d of %d, loss %.4g, %.0f images/s, %.2f h left",
-                    *(step, self.total, loss),
-                    *(values["train/images_per_second"], values["train/hours_left"]),
+                    "step %d of %d, loss %.4g, %.0f images/s, %s left",
+                    *(step, self.total, loss, values["train/images_per_second"]),
+                    timedelta(seconds=round(3600 * values["train/hours_left"])),
                 )
         self.bar.update(step - self.bar.n)
 
