@@ -110,7 +110,7 @@ def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp
         variables = on_s3.client | {"MLFLOW_TRACKING_URI": server.uri}
         for command in (
             ["dvc", "remote", "add", "--local", "--default", "bucket", f"s3://{s3.BUCKET}/dvc"],
-            ["dvc", "exp", "run", "-S", "experiment=tiny", "-S", STORAGE],
+            ["dvc", "exp", "run", "-S", "experiment=tiny", "-S", f"runtime.storage=s3://{s3.BUCKET}/graph"],
             ["dvc", "push", "dvc.yaml"],
         ):
             done = run(*command, cwd=folder, **variables)
@@ -122,8 +122,8 @@ def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp
         assert found.data.metrics["train/loss"] > 0
     assert not list(folder.glob("runs/train-*"))
     names = store(f"s3://{s3.BUCKET}").names()
-    (training,) = {name.split("/")[1] for name in names if name.startswith("runs/train-") and "/previews/" in name}
-    assert _checkpoints.steps(store(f"{s3.STORAGE}/{training}")) == [12, 8, 0]
+    (training,) = {name.split("/")[1] for name in names if name.startswith("graph/train-") and "/previews/" in name}
+    assert _checkpoints.steps(store(f"s3://{s3.BUCKET}/graph/{training}")) == [12, 8]
     assert any(name.startswith("mlflow/") and name.endswith("report.html") for name in names)
     weights = (folder / "out" / "train" / "ema.safetensors").read_bytes()
     shutil.rmtree(folder / "out")
