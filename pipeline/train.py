@@ -437,7 +437,7 @@ class Observer:
         told = [(int(step), loss) for step, loss in curves[:, :2].tolist() if math.isfinite(loss)]
         world.tell("at", told, state.step)
         self.saved = time.monotonic()
-        self.since = self.saved, state.step
+        self.begun = self.since = self.saved, state.step
 
     def __call__(self, curves: Tensor, window: Tensor, norm: Tensor, skipped: int, stop: bool) -> None:
         p, step = self.job.params.train, self.state.step
@@ -451,18 +451,18 @@ class Observer:
             self.saved = time.monotonic()
         if stop:
             log.warning("step %d is saved in %s", step, self.job.folder.uri)
+        self.since = time.monotonic(), step
 
     def metrics(self, curves: Tensor, norm: Tensor, skipped: int) -> dict[str, float]:
         p, step = self.job.params.train, self.state.step
         now = time.monotonic()
-        rate = (step - self.since[1]) / (now - self.since[0])
-        self.since = now, step
+        pace, mean_pace = ((now - then) / (step - at) for then, at in (self.since, self.begun))  # seconds a step
         values = {
             "train/loss": float(curves[-1, 1]),
             "train/gradient_norm": float(norm),
             "train/learning_rate": self.state.learning_rate,
-            "train/images_per_second": rate * p.batch_size,
-            "train/hours_left": (p.steps - step) / rate / 3600,
+            "train/images_per_second": p.batch_size / pace,
+            "train/hours_left": (p.steps - step) * mean_pace / 3600,  # previews and checkpoints included
             "train/skipped_steps": skipped,
         }
         if self.world.device.type == "cuda":
