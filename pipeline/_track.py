@@ -273,10 +273,11 @@ def read_artifact(uri: str, run: str, path: str) -> tuple[str, bytes]:
         if not runs:
             raise StageError(f"{run} is no file, no folder and no run of {where}: expected one of these")
         if len(runs) > 1:
-            raise StageError(f"{run} is {len(runs)} runs of {where}: expected the id of one, {' or '.join(sorted(runs))}")
+            ids = " or ".join(sorted(runs))
+            raise StageError(f"{run} is {len(runs)} runs of {where}: expected the id of one, {ids}")
         ((run_id, name),) = runs.items()
         label = f"{name} {run_id[:8]}"
-        if path not in [each.path for each in client.list_artifacts(run_id, os.path.dirname(path))]:
+        if path not in [each.path for each in client.list_artifacts(run_id, str(Path(path).parent))]:
             fix = "go on with it by `dvc repro` where it was begun, or name another"
             raise StageError(f"run {label} of {where} has no {path}, it was never evaluated: {fix}")
         with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
 A RUN is a passports.json, a folder that holds one (out/evaluate, or a whole clone), or a run of MLflow: its id, the
 beginning of its id, or its name. Numbers are alike if they were measured alike: metric, number of images, settings,
-reference images, extractor with its weights, and what happens to the pixels before. What may differ is what is compared:
-checkpoint, sampler, network evaluations, seeds, code; it is shown beside the numbers. Reads only; writes nothing.
+reference images, extractor with its weights, and what happens to the pixels before. What is compared may differ, and is
+shown beside the numbers where it does: checkpoint, sampler, network evaluations, seeds, code. Writes nothing.
 
 python -m pipeline.compare out/evaluate ../other         FID, IS, KID, precision and recall of all samples
 python -m pipeline.compare 6656cd 98705e --metric kid    of two runs of MLflow
@@ -122,8 +122,8 @@ def choose(judged: list[Judged], wanted: list[str] | None) -> list[str]:
         for run in judged:
             passport = run.find(name)
             if passport is None or passport["metric"] not in BEST:
-                names = [each["name"] for each in run.passports if each["metric"] in BEST]
-                raise StageError(f"--metric {name}: expected {', '.join(BEST)}, or, for {run.label}, {', '.join(names)}")
+                names = ", ".join(each["name"] for each in run.passports if each["metric"] in BEST)
+                raise StageError(f"--metric {name}: expected {', '.join(BEST)}, or, for {run.label}, {names}")
     chosen = list(dict.fromkeys(wanted or [name for name in BEST if all(run.find(name) for run in judged)]))
     if not chosen:
         raise StageError(f"{', '.join(run.label for run in judged)} have none of {', '.join(BEST)} in common")
@@ -259,8 +259,7 @@ def as_dict(rows: list[Row], metrics: list[str], differing: dict[str, list[Any]]
                         **{key: passport[key] for key in ("name", "value", "std", "n", "rank_deficient")},
                         "place": row.places.get(metric),
                         "unlike": {
-                            field: {"first": one, "this": two}
-                            for field, (one, two) in row.unlike[metric].items()
+                            field: {"first": one, "this": two} for field, (one, two) in row.unlike[metric].items()
                         },
                     }
                     for metric, passport in row.passports.items()
