@@ -24,9 +24,9 @@ FILE = "passports.json"
 PLACES = (FILE, f"evaluate/{FILE}", f"out/evaluate/{FILE}")  # below a folder; the second one is MLflow's
 BEST = {"fid": min, "is": max, "kid": min, "precision": max, "recall": max}
 MEASURED = ("metric", "n", "reference", "extractor", "preprocessing", "settings")  # alike, or not to be compared
-FREE = ("settings.seed", "extractor.test_accuracy")  # within these: chance, and what follows from the weights
-NUMBERS = ("name", "value", "std", "rank_deficient")
-NEEDED = {*MEASURED, *NUMBERS, "set"}
+CHANCE = ("settings.seed",)  # may differ nevertheless
+RESULTS = ("name", "value", "std", "rank_deficient", "extractor.test_accuracy")
+NEEDED = {*MEASURED, "name", "set", "value", "std", "rank_deficient"}
 
 Passport = dict[str, Any]
 Fields = dict[str, Any]  # by name, as extractor.layer
@@ -157,13 +157,12 @@ def unlike_fields(first: Passport, other: Passport) -> dict[str, tuple[Any, Any]
 
 def is_measured(field: str) -> bool:
     """Whether numbers that differ in this field are not to be compared."""
-    return field.partition(".")[0] in MEASURED and field not in FREE
+    return field.partition(".")[0] in MEASURED and field not in CHANCE
 
 
 def flat(passport: Passport) -> Fields:
-    """The passport's fields without the numbers, those within others as extractor.layer."""
-    fields = {name: value for name, value in passport.items() if name not in NUMBERS}
-    return dict(_track.flatten(fields))
+    """The passport's fields without results, those within others as extractor.layer."""
+    return {name: value for name, value in _track.flatten(passport) if name not in RESULTS}
 
 
 def refuse_unlike(judged: list[Judged], rows: list[Row], metrics: list[str]) -> None:
@@ -227,10 +226,14 @@ def notes(rows: list[Row], metrics: list[str]) -> list[str]:
     """What to know of the numbers, a line each."""
     lines = []
     for row in rows:
-        for metric in metrics:
-            if found := row.unlike[metric]:
-                what = ", ".join(f"{field} is {shown(two)}, not {shown(one)}" for field, (one, two) in found.items())
-                lines.append(f"{metric} of {row.label} is unlike the first's and not ranked: {what}")
+        unlike = [metric for metric in metrics if row.unlike[metric]]
+        where: dict[str, list[str]] = {}  # in which metrics a field differs, in words
+        for metric in unlike:
+            for field, (one, two) in row.unlike[metric].items():
+                where.setdefault(f"{field} is {shown(two)}, not {shown(one)}", []).append(metric)
+        what = [words if found == unlike else f"{words} ({', '.join(found)})" for words, found in where.items()]
+        if unlike:
+            lines.append(f"{row.label} is not ranked by {', '.join(unlike)}: {'; '.join(what)}")
     for metric in metrics:
         few = [row.label for row in rows if row.passports[metric]["rank_deficient"]]
         if few and rows[0].passports[metric]["metric"] == "fid":
@@ -241,7 +244,7 @@ def notes(rows: list[Row], metrics: list[str]) -> list[str]:
 def shown(value: Any) -> str:
     """A field's value for people; hashes are cut short."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.6g}"
     if isinstance(value, str):
         return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}", r"\1", value)
     return json.dumps(value)

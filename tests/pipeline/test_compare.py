@@ -191,9 +191,23 @@ def test_force_shows_unlike_numbers_marked_last_and_without_a_place(make: Make, 
         [],
     ]
     assert lines[4:] == [
-        "fid of b is unlike the first's and not ranked: n is 64, not 1000",
-        "precision of b is unlike the first's and not ranked: n is 64, not 1000",
+        "b is not ranked by fid, precision: n is 64, not 1000",
         "fid of b is rank-deficient: no more images than features",
+    ]
+
+
+def test_notes_name_each_field_once(make: Make, run: Callable[..., str]) -> None:
+    make("a", fid=3.0, kid=0.5)
+    make("b", fid=1.0, kid=0.5, changed={"extractor.weights_sha256": "1" * 64})
+    make("c", fid=1.0, kid=0.5)
+    content = read_json(file := Path("c") / evaluate.OUT / "passports.json")
+    (kid,) = (each for each in content["passports"] if each["name"] == "kid_digits_1k")
+    kid["settings"]["kid_subset_size"] = 9
+    kid["n"] = 9
+    write_json(file, content)
+    assert run("a", "b", "c", force=True).splitlines()[-2:] == [
+        "b is not ranked by fid, kid: extractor.weights_sha256 is 11111111, not abababab",
+        "c is not ranked by kid: n is 9, not 1000; settings.kid_subset_size is 9, not 359",
     ]
 
 
