@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -581,22 +582,25 @@ def preview(job: Job, state: TrainState, world: _ray.World) -> None:
 
     index = torch.arange(preview_size(job), device=world.device)
     seed, (to_space, to_pixels) = job.params.train.seed, images.SPACES[job.params.train.space]
-    grids = []
-    for model in (state.ema.model, state.model):
-        try:
-            with autocast(job.params.train.precision, world.device):
-                x = samplers.annealed_langevin(
-                    model,
-                    to_space(random.start_images(seed, index, job.shape)),
-                    torch.tensor(job.schedule["sigmas"]),
-                    epsilon=job.schedule["epsilon"],
-                    steps_per_level=job.schedule["steps_per_level"],
-                    noise=random.seeded_noise(seed, index),
-                    observe=give_up,
-                )
-        except _StopError:
-            return
-        grids.append(grid_picture(images.to_uint8(to_pixels(x).cpu()), columns=5))
+
+    def grid(model: torch.nn.Module) -> Image.Image:
+        with autocast(job.params.train.precision, world.device):
+            x = samplers.annealed_langevin(
+                model,
+                to_space(random.start_images(seed, index, job.shape)),
+                torch.tensor(job.schedule["sigmas"]),
+                epsilon=job.schedule["epsilon"],
+                steps_per_level=job.schedule["steps_per_level"],
+                noise=random.seeded_noise(seed, index),
+                observe=give_up,
+            )
+        return grid_picture(images.to_uint8(to_pixels(x).cpu()), columns=5)
+
+    try:
+        with ThreadPoolExecutor(min(2, world.threads)) as pool:
+            grids = list(pool.map(grid, (state.ema.model, state.model)))
+    except _StopError:
+        return
     picture = side_by_side(grids)
     job.folder.write(f"previews/step_{state.step:08d}.png", png_bytes(picture))
     world.tell("image", np.asarray(picture), "train/samples_averaged_and_last", state.step)
