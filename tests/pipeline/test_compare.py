@@ -206,8 +206,8 @@ def test_notes_name_each_field_once(make: Make, run: Callable[..., str]) -> None
     kid["n"] = 9
     write_json(file, content)
     assert run("a", "b", "c", force=True).splitlines()[-2:] == [
-        "b is not ranked by fid, kid: extractor.weights_sha256 is 11111111, not abababab",
         "c is not ranked by kid: n is 9, not 1000; settings.kid_subset_size is 9, not 359",
+        "b is not ranked by fid, kid: extractor.weights_sha256 is 11111111, not abababab",
     ]
 
 
