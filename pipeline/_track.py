@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -47,6 +48,7 @@ QUICK = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 
@@ -64,7 +66,7 @@ class Run:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, nested ones as section.key; a parameter keeps its first value for good."""
-        self._note("params", [[key, str(value)] for key, value in _flatten(values)])
+        self._note("params", [[key, str(value)] for key, value in flatten(values)])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
@@ -170,7 +172,7 @@ class _Courier(threading.Thread):
 
     def __init__(self, params: _params.Params) -> None:
         super().__init__(name="tracking", daemon=True)
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or _absolute(params.runtime.tracking_uri)
+        self.uri = tracking_uri(params)
         self.params, self.about = params, _about(self.uri, params)
         name = fingerprint([self.about[key] for key in ("uri", "experiment", "key")])
         self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
@@ -247,6 +249,47 @@ class _Courier(threading.Thread):
         self.away = True
 
 
+def tracking_uri(params: _params.Params) -> str:
+    """Where MLflow is: as $MLFLOW_TRACKING_URI or else the parameters say."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _absolute(params.runtime.tracking_uri)
+
+
+def read_artifact(uri: str, run: str, path: str) -> tuple[str, bytes]:
+    """What a run is called, its name and the beginning of its id, and the content of one of its artifacts.
+
+    Args:
+        uri: Of the tracking store.
+        run: Id, beginning of an id, or name.
+        path: Within the run's artifacts.
+
+    Raises:
+        StageError: If there is no such run, more than one, no such artifact, or no answer.
+    """
+    where, database = f"MLflow at {_shown(uri)}", uri.partition("?")[0].removeprefix("sqlite:///")
+    if uri.startswith("sqlite:") and not Path(database).is_file():  # MLflow would make an empty one
+        raise StageError(f"{run} is no file and no folder, and there is no {where} to have such a run")
+    try:
+        client = _client(uri)
+        runs = _named(client, run)
+        if not runs:
+            raise StageError(f"{run} is no file, no folder and no run of {where}: expected one of these")
+        if len(runs) > 1:
+            ids = " or ".join(sorted(runs))
+            raise StageError(f"{run} is {len(runs)} runs of {where}: expected the id of one, {ids}")
+        ((run_id, name),) = runs.items()
+        label = f"{name} {run_id[:8]}"
+        if path not in [each.path for each in client.list_artifacts(run_id, str(Path(path).parent))]:
+            fix = "go on with it by `dvc repro` where it was begun, or name another"
+            raise StageError(f"run {label} of {where} has no {path}, it was never evaluated: {fix}")
+        with tempfile.TemporaryDirectory() as folder:
+            return label, Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+    except StageError:
+        raise
+    except Exception as error:  # MLflow's, or that of a client below it
+        fix = "set --tracking-uri, MLFLOW_TRACKING_URI or runtime.tracking_uri"
+        raise StageError(f"{where}: {_line(error)}: {fix}") from error
+
+
 def revision() -> str | None:
     """The git commit of the working directory, with "-dirty" if tracked files differ; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -287,6 +330,18 @@ def _find(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int] | N
     query = f"tags.`{KEY}` = '{about['key']}' and attributes.status != 'FINISHED'"
     found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
     return (found[0].info.run_id, found[0].info.start_time) if found else None
+
+
+def _named(client: MlflowClient, run: str) -> dict[str, str]:
+    """Id and name of all runs with this name, id, or beginning of an id, in any experiment."""
+    everywhere = [each.experiment_id for each in client.search_experiments()]
+    queries = []
+    if not {"'", "\\"} & set(run):
+        queries.append(f"attributes.run_name = '{run}'")
+    if re.fullmatch("[0-9a-f]{1,32}", run):
+        queries.append(f"attributes.run_id LIKE '{run}%'")
+    found = [each.info for query in queries for each in client.search_runs(everywhere, query)]
+    return {info.run_id: info.run_name for info in found}
 
 
 def _create(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int]:
@@ -458,9 +513,10 @@ def _absolute(uri: str) -> str:
     return f"sqlite:///{Path(path).resolve()}" if not prefix and path else uri
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys with dots between them, and their values."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
