@@ -1,4 +1,4 @@
-"""Training on nodes that share no file system, with an S3 server that goes away in between."""
+"""Training on nodes that come and go, or share no file system, with an S3 server that goes away in between."""
 
 import os
 import pickle
@@ -11,8 +11,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, _params, _ray, s3
-from pipeline._store import Bucket, store
+from pipeline import _checkpoints, _params, _ray, s3, train
+from pipeline._store import Bucket, read_json, store
 from pipeline.compose import compose
 from tests.clones import ROOT, repository, run
 from tests.stages import Cluster, Stage, alone, digits, losses
@@ -131,3 +131,23 @@ def test_the_graph_runs_on_s3_and_a_tracking_server_by_their_addresses_alone(tmp
     done = run("dvc", "pull", "dvc.yaml", cwd=folder, **variables)
     assert done.returncode == 0, done.stdout
     assert (folder / "out" / "train" / "ema.safetensors").read_bytes() == weights
+
+
+def test_nodes_come_and_go(inside):
+    # a low rate, so that float summation does not grow into other curves; steps enough for a node to come back
+    settings = ["train.steps=400", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
+    settings.append("train.batch_size=64")
+    elastic = ["runtime.workers=[1, 2]", "runtime.resize_interval=2", *settings]
+    with Cluster() as cluster:
+        cluster.add()
+        with Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage:
+            stage.told("2 workers, ")
+            stage.trained(20)
+            cluster.kill()
+            stage.told("1 worker, ")
+            cluster.add()
+            stage.until(lambda: stage.printed().count("2 workers, ") > 1)
+            stage.ends()
+    assert len(losses(stage.run)) == 200
+    torch.testing.assert_close(losses(stage.run), losses(alone(inside, "steady", *settings)), rtol=1e-4, atol=0)
+    assert read_json(train.OUT / "model.json")["step"] == 400

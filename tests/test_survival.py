@@ -8,10 +8,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, train
+from pipeline import _checkpoints
 from pipeline._stage import STOPPED
-from pipeline._store import read_json
-from tests.stages import STEPS, Cluster, Stage, alone, digits, losses
+from tests.stages import STEPS, Stage, alone, digits, losses
 
 pytestmark = pytest.mark.graph
 
@@ -49,16 +48,17 @@ def test_a_killed_driver_goes_on_to_the_same_bits(inside):
     assert "going on from step" in stage.printed()
     _same_bits(stage.run, alone(inside, "alone"))
     client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
-    same = "params.train.steps = '120' and params.train.max_skipped = '10'"
+    same = "params.train.batch_size = '16' and params.train.learning_rate = '0.004'"
     (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], same)
     logged = {metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")}
     assert logged == set(range(2, STEPS + 1, 2))
 
 
 def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
-    with Stage(inside, "runtime.workers=2", name="unbroken") as unbroken:
+    larger = "train.batch_size=64"  # so that the run is not over before the signal comes
+    with Stage(inside, larger, "runtime.workers=2", name="unbroken") as unbroken:
         unbroken.ends()
-    with Stage(inside, "runtime.workers=2", name="broken") as stage:
+    with Stage(inside, larger, "runtime.workers=2", name="broken") as stage:
         stage.trained(16)
         stage.workers()[1].kill()
         stage.told("going on from step")
@@ -74,7 +74,7 @@ def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
         stage.told(f"going on from step {saved}")
         stage.ends()
     _same_bits(stage.run, unbroken.run)
-    torch.testing.assert_close(losses(unbroken.run), losses(alone(inside, "one")), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses(unbroken.run), losses(alone(inside, "one", larger)), rtol=1e-4, atol=0)
 
 
 def test_a_signal_before_training_begins_ends_at_once(inside):
@@ -102,22 +102,3 @@ def test_a_worker_that_dies_too_often_ends_in_one_line(inside):
         stage.ends(1)
     *_, last = stage.printed().strip().splitlines()
     assert last.startswith("error: training failed more than runtime.max_failures=0 times, at last: a worker died")
-
-
-def test_nodes_come_and_go(inside):
-    # a low rate, so that float summation does not grow into other curves; steps enough for a node to come back
-    settings = ["train.steps=500", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
-    elastic = ["runtime.workers=[1, 2]", "runtime.resize_interval=2", *settings]
-    with Cluster() as cluster:
-        cluster.add()
-        with Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage:
-            stage.told("2 workers, ")
-            stage.trained(40)
-            cluster.kill()
-            stage.told("1 worker, ")
-            cluster.add()
-            stage.until(lambda: stage.printed().count("2 workers, ") > 1)
-            stage.ends()
-    assert len(losses(stage.run)) == 250
-    torch.testing.assert_close(losses(stage.run), losses(alone(inside, "steady", *settings)), rtol=1e-4, atol=0)
-    assert read_json(train.OUT / "model.json")["step"] == 500
