@@ -23,6 +23,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +35,7 @@ BUCKET = "ncsn"
 STORAGE = f"s3://{BUCKET}/runs"
 
 
-class Service:
+class Service(ABC):
     """A server as a child process that can be started, stopped, killed and started again."""
 
     name: str
@@ -44,9 +45,9 @@ class Service:
 
     process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def ready(self) -> bool:
         """Whether it serves."""
-        raise NotImplementedError
 
     def start(self, timeout: float = 120) -> None:
         """Start it and wait until it serves; raises StageError, naming its log, if it does not in `timeout` seconds."""

@@ -1,5 +1,10 @@
 """For all tests: one thread, as threads of many small operations wait for each other on a busy machine; the order."""
 
+import functools
+import os
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -9,6 +14,35 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     """The whole graph first: it takes longest, and what runs beside it is many small tests."""
     items.sort(key=lambda item: item.get_closest_marker("graph") is None)
+
+
+def pytest_runtest_setup(item):
+    """What the markers `slow` and `root` ask for."""
+    if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
+        pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
+    if item.get_closest_marker("root") and not _may_mount():
+        pytest.skip("mounts file systems, which takes root on Linux")
+
+
+@functools.cache
+def _may_mount():
+    unshare = shutil.which("unshare")
+    command = [unshare, "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return unshare is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A repository with digits and their schedule."""
+    from tests.stages import digits
+
+    return digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def inside(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    return clone
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,6 @@ def clone(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def inside(clone, monkeypatch):
-    monkeypatch.chdir(clone)
-    return clone
-
-
 def _runs(clone):
     client = MlflowClient(f"sqlite:///{clone}/mlflow.db")
     experiment = client.get_experiment_by_name("ncsn")

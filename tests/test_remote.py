@@ -1,6 +1,5 @@
 """Training on nodes that come and go, or share no file system, with an S3 server that goes away in between."""
 
-import os
 import pickle
 import shutil
 import signal
@@ -15,29 +14,15 @@ from pipeline import _checkpoints, _params, _ray, s3, train
 from pipeline._store import Bucket, read_json, store
 from pipeline.compose import compose
 from tests.clones import ROOT, repository, run
-from tests.stages import Cluster, Stage, alone, digits, losses
+from tests.stages import Cluster, Stage, alone, losses
 
 pytestmark = pytest.mark.graph
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    return digits(tmp_path_factory.mktemp("remote"))
-
-
-@pytest.fixture
-def inside(clone, monkeypatch):
-    monkeypatch.chdir(clone)
-    return clone
 
 
 STORAGE = f"runtime.storage={s3.STORAGE}"
 
 
 @pytest.mark.root
-@pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root: mounts over folders"
-)
 def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, on_s3):
     settings = ["train.steps=300", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
     hidden = [inside, ROOT / "ncsn", ROOT / "pipeline"]

@@ -10,20 +10,9 @@ from mlflow import MlflowClient
 
 from pipeline import _checkpoints
 from pipeline._stage import STOPPED
-from tests.stages import STEPS, Stage, alone, digits, losses
+from tests.stages import STEPS, Stage, alone, losses
 
 pytestmark = pytest.mark.graph
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    return digits(tmp_path_factory.mktemp("survival"))
-
-
-@pytest.fixture
-def inside(clone, monkeypatch):
-    monkeypatch.chdir(clone)
-    return clone
 
 
 def _state(run):

@@ -43,9 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def mount(megabytes: int, *options: str) -> Path:
         folder.mkdir()
         flags = ",".join([f"size={megabytes}m", *options])
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", flags, "tmpfs", folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a tmpfs, it takes root: {done.stderr.strip()}")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", flags, "tmpfs", folder], check=True)
         return folder
 
     yield mount

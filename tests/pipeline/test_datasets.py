@@ -458,7 +458,6 @@ ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10_jpeg.tar.gz"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("NCSN_SLOW") != "1", reason="takes minutes: NCSN_SLOW=1 runs it")
 @pytest.mark.skipif(
     not ARCHIVE.is_file(), reason=f"needs ../{ARCHIVE.relative_to(ROOT.parent)}, CIFAR-10 as JPEG files"
 )

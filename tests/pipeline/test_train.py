@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -592,7 +591,6 @@ def test_shorter_numbers_train_too(job, world, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("NCSN_SLOW"), reason="compiles for a minute: set NCSN_SLOW=1")
 def test_a_compiled_network_trains_alike(job, world):
     train.fit(job, world)
     runtime = dataclasses.replace(job.params.runtime, compile=True)
