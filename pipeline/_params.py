@@ -143,17 +143,30 @@ class Train:
     max_skipped: int = _whole(1)
     log_every: int = _whole(1)
     save_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
+    keep_every: int | None = _whole(1)
     preview_every: int = _rule("a whole number >= 1 and a multiple of train.log_every", lambda value: value >= 1)
     seed: int = _seed()
 
 
 @dataclass(frozen=True)
+class Select:
+    """Which checkpoint is drawn from."""
+
+    rule: str = _one_of("last", "fid")
+    n: int = _whole(4)
+    seed: int = _seed()
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Annealed Langevin sampling."""
+    """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured."""
 
     n: int = _whole(1)
+    ranges: int = _whole(1)
     shard_size: int = _whole(1)
+    method: str = _one_of("annealed_langevin", "consistent")
     denoise: bool = _rule("true or false")
+    precision: str = _one_of("fp32", "tf32", "bf16")
     seed: int = _seed()
 
 
@@ -180,6 +193,10 @@ class Runtime:
     storage: str = _rule("a folder or s3://bucket/prefix", bool)
     keep: int = _whole(1)
     compile: bool = _rule("true or false")
+    cuda_graphs: bool = _rule("true or false")
+    actors: int | None = _whole(1)
+    gpus_per_actor: float = _rule("a number > 0, below 1 where several share a GPU", lambda value: 0 < value <= 1)
+    micro_batch: int | None = _whole(1)
     ray_address: str | None = _rule("host:port of a Ray cluster")
     tracking_uri: str = _rule("an MLflow tracking URI; the variable MLFLOW_TRACKING_URI takes precedence")
     experiment: str = _rule("a name", lambda value: bool(value))
@@ -195,6 +212,7 @@ class Params:
     noise: Noise
     features: Features
     train: Train
+    select: Select
     sample: Sample
     evaluate: Evaluate
     runtime: Runtime
@@ -242,6 +260,11 @@ def parse(tree: Any) -> Params:
         value = getattr(params.train, name)
         if value % params.train.log_every:
             raise ParamsError(f"train.{name}={value}: expected a multiple of train.log_every={params.train.log_every}")
+    if (params.train.keep_every or 0) % params.train.save_every:
+        raise ParamsError(
+            f"train.keep_every={params.train.keep_every}: expected a multiple of "
+            f"train.save_every={params.train.save_every}, or null"
+        )
     workers = params.runtime.workers
     if isinstance(workers, int) and params.train.batch_size % workers:
         raise ParamsError(

@@ -205,8 +205,7 @@ def train(
                 "job": job,
                 "side_by_side": not runtime.compile,
                 "mailbox": post.mailbox,
-                # not in Ray's runtime environment, which its dashboard shows
-                "environment": {key: value for key, value in os.environ.items() if key.startswith("AWS_")},
+                "environment": _credentials(),
             },
             torch_config=TorchConfig(timeout_s=int(LONGEST.total_seconds())),
             scaling_config=ScalingConfig(
@@ -311,44 +310,90 @@ class _Poll:
         return self.answer
 
 
-def shards(make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+def shards(
+    make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], runtime: _params.Runtime
+) -> Iterator[tuple[Any, Any]]:
     """Yield (job, make()(job)) in the order of completion; a worker that dies is replaced and its job repeated.
 
-    There is a worker for each free GPU of the cluster, or without GPUs for each free core: one thread each beats all
-    threads on one batch.
+    There are runtime.actors workers, by default as many as the cluster's GPUs have room for by runtime.gpus_per_actor,
+    or without GPUs one for each free core: one thread each beats all threads on one batch. A job goes to a worker that
+    is there, so that none waits for a node that has yet to come.
 
     Args:
-        make: Called once on each worker; loads what all its jobs need.
+        make: Called once on each worker; loads what all its jobs need. It travels once, so it may be large.
         jobs: Independent pieces of work, safe to repeat.
+        runtime: Its actors, gpus_per_actor and max_failures.
+
+    Raises:
+        Exception: What a job raised.
+        StageError: If a worker died more than runtime.max_failures times.
     """
-    waiting, running = list(reversed(jobs)), {}
-    kind = "GPU" if _gpus() else "CPU"
-    slots = max(1, int(ray.available_resources().get(kind, 0)))
-    options = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-    worker = ray.remote(max_restarts=3, max_task_retries=3, **options)(_ShardWorker)
-    for _ in range(min(slots, len(jobs))):
-        actor = worker.remote(make)
-        job = waiting.pop()
-        running[actor.run.remote(job)] = actor, job
-    while running:
+    if not jobs:
+        return
+    options, slots = _slots(runtime)
+    worker = ray.remote(max_restarts=runtime.max_failures, max_task_retries=runtime.max_failures, **options)(_Actor)
+    made = ray.put(make)
+    # Without the handles in `running`, those that no job is left for would be killed and started anew.
+    actors = [worker.remote(made, _credentials()) for _ in range(min(slots, len(jobs)))]
+    running: dict[Any, tuple[Any, Any]] = {actor.ready.remote(): (actor, _NOTHING) for actor in actors}
+    waiting, left = list(reversed(jobs)), len(jobs)
+    while left:
         (done,), _ = ray.wait(list(running), num_returns=1)
         actor, job = running.pop(done)
         try:
             result = ray.get(done)
         except RayTaskError as error:
             raise error.cause from error
-        yield job, result
+        except RayActorError as error:
+            raise StageError(
+                f"a worker died more than runtime.max_failures={runtime.max_failures} times; if memory ran out, lower "
+                f"runtime.micro_batch or runtime.actors: {' '.join(str(error).split())}"
+            ) from error
         if waiting:
             following = waiting.pop()
             running[actor.run.remote(following)] = actor, following
+        if job is not _NOTHING:
+            left -= 1
+            yield job, result
 
 
-class _ShardWorker:
-    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+_NOTHING = object()
+
+
+def _slots(runtime: _params.Runtime) -> tuple[dict[str, float], int]:
+    """What a worker of a pool takes of the cluster, and how many there are."""
+    if gpus := _gpus():
+        options, room = {"num_gpus": runtime.gpus_per_actor}, int(gpus / runtime.gpus_per_actor + 1e-6)
+    else:
+        options, room = {"num_cpus": 1.0}, int(ray.available_resources().get("CPU", 0))
+    if runtime.actors is not None and runtime.actors > room and not _address(runtime):
+        what = f"{gpus:g} GPUs and runtime.gpus_per_actor={runtime.gpus_per_actor:g}" if gpus else f"{room} cores"
+        raise StageError(f"runtime.actors={runtime.actors}: this machine has {what}, expected at most {room}, or null")
+    return options, runtime.actors or max(1, room)
+
+
+def _credentials() -> dict[str, str]:
+    """What this process knows of S3; it travels by messages, as Ray's dashboard shows runtime environments."""
+    return {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+
+
+class _Actor:
+    """A worker of a pool."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         torch.set_num_threads(1)
-        self.fn = make()
+        logging.basicConfig(format="%(message)s")
+        log.setLevel(logging.INFO)
+        self.make = make
+        self.fn: Callable[[Any], Any] | None = None
+
+    def ready(self) -> None:
+        """Answers when the worker is there."""
 
     def run(self, job: Any) -> Any:
+        if self.fn is None:  # here, since what a constructor raises is not passed on as it is
+            self.fn = self.make()
         return self.fn(job)
 
 

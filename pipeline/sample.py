@@ -126,7 +126,7 @@ def main(params: _params.Params) -> None:
     with _track.run(params) as run:
         drawn = {kind: make_sampler(params, kind) for kind in count}
         with _ray.cluster(params.runtime):
-            draw_all(drawn, blocks, run)
+            draw_all(drawn, blocks, run, params.runtime)
         log.info("drawing the animation")
         frames = animate(drawn["ema"], min(FRAMES, params.sample.n))
         with replacing_folder(OUT) as out:
@@ -224,7 +224,12 @@ class Pool:
         return lambda job: drawer(job[0])(job[1])
 
 
-def draw_all(drawn: dict[str, Sampler], blocks: dict[str, list[tuple[int, int]]], run: _track.Run) -> None:
+def draw_all(
+    drawn: dict[str, Sampler],
+    blocks: dict[str, list[tuple[int, int]]],
+    run: _track.Run,
+    runtime: _params.Runtime,
+) -> None:
     """Draw the shards of all samplers that are not there yet, with a progress bar in images."""
     jobs = [(kind, block) for kind in drawn for block in blocks[kind] if not is_done(drawn[kind].folder, block)]
     total = sum(parts[-1][1] for parts in blocks.values())
@@ -233,7 +238,7 @@ def draw_all(drawn: dict[str, Sampler], blocks: dict[str, list[tuple[int, int]]]
         log.info("%s: %d images, %d NFE each, in %s", kind, blocks[kind][-1][1], sampler.nfe, sampler.folder)
     start = time.monotonic()
     with tqdm(total=total, initial=total - missing, unit="image", desc="sample") as bar:
-        for (_, (first, last)), _ in _ray.shards(Pool(drawn), jobs):
+        for (_, (first, last)), _ in _ray.shards(Pool(drawn), jobs, runtime):
             bar.update(last - first)
     if missing:
         run.metrics({"sample/images_per_second": missing / (time.monotonic() - start)})

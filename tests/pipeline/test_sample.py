@@ -142,11 +142,12 @@ def _killed_once(folder):
 
 def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_params, tmp_path):
     blocks = sample.shards(10, 4)
-    with _ray.cluster(compose_params("runtime.workers=2").runtime):
-        done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks]))
-        squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4]))
+    runtime = compose_params("runtime.workers=2").runtime
+    with _ray.cluster(runtime):
+        done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks], runtime))
+        squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4], runtime))
         with pytest.raises(StageError, match=r"^images are not finite"):  # not a traceback of the worker
-            list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))]))
+            list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))], runtime))
     assert {block for _, block in done} == set(blocks)
     drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
     assert _close(drawn, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
