@@ -17,9 +17,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """What the markers `slow` and `root` ask for."""
+    """What the markers `slow`, `root` and `gpu` ask for."""
     if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
         pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     if item.get_closest_marker("root") and not _may_mount():
         pytest.skip("mounts file systems, which takes root on Linux")
 
