@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
@@ -80,6 +80,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
     To a cluster travels the code, to its workers also what the driver knows of S3 (the AWS variables).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    started: set[psutil.Process] = set()
     if address := _address(runtime):
         code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
         try:
@@ -93,6 +94,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         # Ray's processes inherit the mask: a signal to the whole process group is the stage's to answer.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)
+        others = set(psutil.Process().children())
         try:
             ray.init(
                 "local",
@@ -105,23 +107,51 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        started = set(psutil.Process().children()) - others
     try:
         yield
     finally:
-        ray.shutdown()
+        with _ended_at_once(started):
+            ray.shutdown()
+
+
+@contextmanager
+def _ended_at_once(processes: set[psutil.Process]) -> Iterator[None]:
+    """Kill processes as soon as SIGTERM has come to them, which they have blocked: `ray.shutdown` would do so after a
+    second for each."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            for process in processes:
+                try:
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                except OSError:
+                    continue  # gone, or not on Linux
+                pending = int(status.partition("ShdPnd:")[2].split()[0], 16)
+                if pending >> signal.SIGTERM - 1 & 1:
+                    process.kill()
+
+    thread = threading.Thread(target=watch, name="ended at once", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass(frozen=True)
 class Shared:
-    """An array that a worker on any node can open, mapped into memory; a plain value."""
+    """An array, or another value, that a worker on any node can open, arrays mapped into memory; a plain value."""
 
     path: Path | None = None  # where all workers see this machine's files
     reference: Any = None  # in Ray's object store
     storage: Folder | Bucket | None = None  # else there, as `name`
     name: str = ""
 
-    def open(self) -> NDArray[Any]:
-        """The array, read-only."""
+    def open(self) -> Any:
+        """The array, read-only, or the value."""
         if self.reference is not None:
             return ray.get(self.reference)
         if self.path is not None:
@@ -153,6 +183,11 @@ def share(path: Path, digest: str, runtime: _params.Runtime) -> Shared:
         log.info("copying %s to %s", path, storage.uri)
         storage.write(name, path)
     return Shared(storage=storage, name=name)
+
+
+def put(value: Any) -> Shared:
+    """Make a value readable to all workers through Ray's object store, within `cluster`."""
+    return Shared(reference=ray.put(value))
 
 
 def train(
@@ -332,9 +367,8 @@ def shards(
         return
     options, slots = _slots(runtime)
     worker = ray.remote(max_restarts=runtime.max_failures, max_task_retries=runtime.max_failures, **options)(_Actor)
-    made = ray.put(make)
-    # Without the handles in `running`, those that no job is left for would be killed and started anew.
-    actors = [worker.remote(made, _credentials()) for _ in range(min(slots, len(jobs)))]
+    made = put(make)
+    actors = [worker.remote(_credentials()) for _ in range(min(slots, len(jobs)))]
     running: dict[Any, tuple[Any, Any]] = {actor.ready.remote(): (actor, _NOTHING) for actor in actors}
     waiting, left = list(reversed(jobs)), len(jobs)
     while left:
@@ -351,7 +385,7 @@ def shards(
             ) from error
         if waiting:
             following = waiting.pop()
-            running[actor.run.remote(following)] = actor, following
+            running[actor.run.remote(made, following)] = actor, following
         if job is not _NOTHING:
             left -= 1
             yield job, result
@@ -380,20 +414,20 @@ def _credentials() -> dict[str, str]:
 class _Actor:
     """A worker of a pool."""
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]], environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         torch.set_num_threads(1)
         logging.basicConfig(format="%(message)s")
         log.setLevel(logging.INFO)
-        self.make = make
         self.fn: Callable[[Any], Any] | None = None
 
     def ready(self) -> None:
         """Answers when the worker is there."""
 
-    def run(self, job: Any) -> Any:
-        if self.fn is None:  # here, since what a constructor raises is not passed on as it is
-            self.fn = self.make()
+    def run(self, make: Shared, job: Any) -> Any:
+        """Do a job; the first one of a worker begins with make()."""
+        if self.fn is None:
+            self.fn = make.open()()
         return self.fn(job)
 
 

@@ -7,6 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
 
 from pipeline import _params
 
@@ -73,6 +76,14 @@ class StopSignals:
             raise StoppedError(
                 f"stopped by {self.name}: what is done is saved, and the same command goes on from there"
             )
+
+
+def progress(total: int, unit: str, what: str, done: int = 0) -> "tqdm[Any]":
+    """A progress bar with pace and time left; where there is no terminal, a line each half minute."""
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, initial=done, unit=unit, desc=what, smoothing=0.05, mininterval=pause, maxinterval=max(pause, 10.0)
+    )
 
 
 def run(

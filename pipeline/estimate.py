@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.training import update
 from pipeline import _extractors, _params, _ray, _stage, evaluate, prepare, sample, schedule, train
+from pipeline._sampler import Drawer, Model, Sampler
 from pipeline._stage import StageError, log
 from pipeline._store import store
 
@@ -124,7 +125,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     beside = (1 + p.steps // p.save_every) * training.save + p.steps // p.preview_every * training.preview
     rows = [Row(f"train: {p.steps:,} steps of {p.batch_size}", steps + beside, steps / workers + beside, training.peak)]
     for n in (params.sample.n, MANY):
-        shards = [len(sample.shards(each, params.sample.shard_size)) for each in (n, yardstick)]
+        shards = [-(-each // params.sample.shard_size) for each in (n, yardstick)]
         one, all_of_them = (-(-sum(shards) // (slots * count)) * nfe * drawing.step for count in (1, workers))
         rows.append(Row(f"sample: {n:,} images, NFE {nfe:,}", one, all_of_them, drawing.peak))
     if judging is not None:
@@ -229,7 +230,7 @@ def time_training(params: _params.Params) -> Training:
         save = _seconds(lambda: train.save(job, state, curves, window))
         checkpoint = max(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))  # the first lacks moments
         images = torch.arange(train.preview_size(job))
-        drawer = _drawer(job, Path(folder))
+        drawer = _drawer(job)
         drawer.draw(images)
         nfe = job.schedule["L"] * job.schedule["steps_per_level"] + 1
         preview = 2 * nfe * _seconds(lambda: drawer.draw(images)) / LEVELS
@@ -244,7 +245,7 @@ def time_drawing(params: _params.Params) -> Drawing:
         nothing = _ray.Shared(), np.empty(0, np.uint8)
         job = train.Job(params, *nothing, tuple(manifest["shape"]), schedule.load(), store(folder))
         train.check(job.network, manifest["shape"])
-        drawer = _drawer(job, Path(folder))
+        drawer = _drawer(job)
         shard = torch.arange(params.sample.shard_size)
         drawer.draw(shard)
         return Drawing(_seconds(lambda: drawer.draw(shard)) / LEVELS, _peak())
@@ -280,14 +281,15 @@ def time_judging(params: _params.Params) -> Judging:
     return Judging(image, metrics, _seconds(neighbours) / (2 * ROWS) ** 2, _peak())
 
 
-def _drawer(job: train.Job, folder: Path) -> sample.Drawer:
+def _drawer(job: train.Job) -> Drawer:
     """The stage sample's drawer, with the untrained network and `LEVELS` small steps."""
-    weights = folder / "weights.safetensors"
-    save_file(train.initial_network(job.network, 0).state_dict(), weights)
-    levels = job.schedule | {"sigmas": job.schedule["sigmas"][-LEVELS:], "steps_per_level": 1}
-    return sample.Drawer(
-        sample.Sampler(job.network, weights, "", 0, levels, job.shape, False, 0, folder, job.params.train.space)
+    levels = job.schedule | {"sigmas": job.schedule["sigmas"][-LEVELS:], "L": LEVELS, "steps_per_level": 1}
+    p = job.params.sample
+    sampler = Sampler(
+        job.network, job.params.train.space, job.shape, "initial", "", 0, p.method, levels, False, p.precision, p.seed
     )
+    weights = save(train.initial_network(job.network, 0).state_dict())
+    return Drawer(sampler, Model(job.network, weights, p.precision, job.params.runtime))
 
 
 def _world(params: _params.Params) -> _ray.World:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ncsn import images, random, samplers
 from pipeline import _params, _stage, prepare, sample
 from pipeline._pictures import STYLE
+from pipeline._sampler import Drawer
 from pipeline._stage import StageError, log
 from pipeline._store import replacing_folder, write_json
 
@@ -31,7 +32,7 @@ UNKNOWN = (0.96, 0.78, 0.6)  # the colour of what is not known, as RGB
 def main(params: _params.Params) -> None:
     torch.set_num_threads(1)  # a few small images: more threads would only wait for each other
     try:
-        drawer = sample.Drawer(sample.make_sampler(params, "ema"))
+        drawer = Drawer.of(sample.make_sampler(params, "ema"), sample.weights("ema"), params.runtime)
     except FileNotFoundError as error:
         raise StageError(f"{error.filename} does not exist: write it with `dvc repro train`") from error
     sampler = drawer.sampler
@@ -52,7 +53,7 @@ def main(params: _params.Params) -> None:
         log.info("%s: %s", name, record[name]["measured"])
 
 
-def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int = 6) -> dict[str, Any]:
+def inpainting(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) -> dict[str, Any]:
     """Test images, what is known of each, and completions by the whole sampler, the known pixels put in at each step.
 
     Measured are distances over the unknown pixels, a mean over pairs: of completions of one image from each other,
@@ -78,7 +79,7 @@ def inpainting(drawer: sample.Drawer, path: Path, *, rows: int = 8, times: int =
     }
 
 
-def complete(drawer: sample.Drawer, reference: Tensor, mask: Tensor) -> Tensor:
+def complete(drawer: Drawer, reference: Tensor, mask: Tensor) -> Tensor:
     """Images that are the reference (N, C, H, W) where the mask (C, H, W) is True, drawn each from its own noise."""
     index, seed = torch.arange(len(reference), device=drawer.device), drawer.sampler.seed
     known = samplers.inpainting(drawer.to_space(reference), mask, random.seeded_noise(seed, index, random.KNOWN))
@@ -86,7 +87,7 @@ def complete(drawer: sample.Drawer, reference: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, reference, x)
 
 
-def interpolation(drawer: sample.Drawer, path: Path, *, rows: int = 6, columns: int = 9) -> dict[str, Any]:
+def interpolation(drawer: Drawer, path: Path, *, rows: int = 6, columns: int = 9) -> dict[str, Any]:
     """Rows of images between two: the noise of column k is cos(theta) p + sin(theta) q, theta from 0 to pi / 2.
 
     Measured are the mean distances of neighbours in a row and of its ends.
@@ -103,7 +104,7 @@ def interpolation(drawer: sample.Drawer, path: Path, *, rows: int = 6, columns: 
     }
 
 
-def between(drawer: sample.Drawer, rows: int, columns: int) -> Tensor:
+def between(drawer: Drawer, rows: int, columns: int) -> Tensor:
     """Images in [0, 1], (rows columns, C, H, W): row i leads from image i of the stage `sample` to another."""
     index = torch.arange(rows, device=drawer.device).repeat_interleave(columns)
     angle = torch.linspace(0, math.pi / 2, columns, device=drawer.device).repeat(rows)
@@ -112,7 +113,7 @@ def between(drawer: sample.Drawer, rows: int, columns: int) -> Tensor:
 
 
 def draw(
-    drawer: sample.Drawer,
+    drawer: Drawer,
     index: Tensor,
     noise: samplers.Noise,
     what: str,

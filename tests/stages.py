@@ -39,11 +39,13 @@ def digits(folder):
 class Stage:
     """`python -m pipeline.train` with settings of its own, in a process group of its own; within `with` it runs."""
 
+    stage = "train"
+
     def __init__(self, folder, *overrides, name, **variables):
         tree = compose([*SETTINGS, f"runtime.storage={name}", *overrides])
         write_text(folder / f"{name}.yaml", _params.to_yaml(tree))
         self.folder, self.log = folder, folder / f"{name}.log"
-        self.command = [sys.executable, "-m", "pipeline.train", "--params", f"{name}.yaml"]
+        self.command = [sys.executable, "-m", f"pipeline.{self.stage}", "--params", f"{name}.yaml"]
         self.environment = environment() | variables
 
     def __enter__(self):
@@ -98,10 +100,26 @@ class Stage:
     def ends(self, status=0):
         assert self.process.wait(PATIENCE) == status, self.printed()[-3000:]
 
-    def workers(self):
-        """Ray's training workers below the stage."""
+    def workers(self, title="RayTrainWorker"):
+        """Ray's workers below the stage whose command line says so."""
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
+        return [process for process in below if title in " ".join(process.cmdline())]
+
+
+class Sampling(Stage):
+    """`python -m pipeline.sample`, likewise."""
+
+    stage = "sample"
+
+    def place(self):
+        """Where its samples wait."""
+        found = re.search(r"ema: .* in (\S+)", self.printed())
+        return Path(found[1]) if found else None
+
+    def shards(self):
+        """The finished shards: the time of writing by name."""
+        place = self.place()
+        return {path.name: path.stat().st_mtime_ns for path in place.glob("*.json")} if place else {}
 
 
 def losses(run):

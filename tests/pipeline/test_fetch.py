@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from ncsn import images, official, random, samplers
-from pipeline import _extractors, _sources, fetch, prepare, sample, schedule, train
+from pipeline import _extractors, _shards, _sources, fetch, prepare, sample, schedule, train
+from pipeline._sampler import Drawer
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, write_json
 from tests.pipeline.server import serving
@@ -53,7 +54,11 @@ def _expected(network, levels, space="pixels"):
 
 
 def _drawn(params, kind="ema"):
-    return sample.Drawer(sample.make_sampler(params, kind)).draw(torch.arange(3)).int()
+    return _drawer(params, kind).draw(torch.arange(3)).int()
+
+
+def _drawer(params, kind="ema"):
+    return Drawer.of(sample.make_sampler(params, kind), sample.weights(kind), params.runtime)
 
 
 def _close(a, b):
@@ -91,7 +96,7 @@ def test_a_network_of_other_pixels_draws_in_its_own_space(ready, flag, space):
     network = official.load(V2, **{flag: True}).ema_network
     assert _close(_drawn(params), _expected(network, schedule.load(), space))
     assert not _close(_drawn(params), _expected(network, schedule.load()))
-    frames = sample.animate(sample.make_sampler(params, "ema"), 3)
+    frames = _shards.animate(_drawer(params), 3)
     assert _close(frames[-1].int(), _drawn(params))
     assert (frames[-2].int() - frames[-1].int()).abs().float().mean() < 20  # in pixels, too
 

@@ -1,4 +1,4 @@
-"""The sampling stage: shards that do not depend on who draws them, in this process and on Ray workers."""
+"""Samplers and shards: images that depend on their number alone, drawn once, in this process and on Ray workers."""
 
 import dataclasses
 import os
@@ -10,39 +10,69 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import _ray, sample, schedule, train
+from pipeline import _ray, _shards, s3, sample, schedule, train
+from pipeline._pictures import save_gif
+from pipeline._sampler import Drawer, Model, Sampler
+from pipeline._shards import Order
 from pipeline._stage import StageError
-from pipeline._store import read_json, sha256, write_json
+from pipeline._store import read_json, sha256, store, write_json
+
+NETWORK = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
 
 
 @pytest.fixture
-def sampler(compose_params, tmp_path):
-    params = compose_params("experiment=tiny")
+def weights(tmp_path):
     torch.manual_seed(0)
-    network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
-    save_file(train.build(network).state_dict(), tmp_path / "ema.safetensors")
-    levels = schedule.choose(params.noise, torch.rand(20, 1, 8, 8))
-    return sample.Sampler(
-        network=network,
-        weights=tmp_path / "ema.safetensors",
-        weights_sha256="0" * 64,
-        step=12,
-        schedule=levels,
+    save_file(train.build(NETWORK).state_dict(), tmp_path / "ema.safetensors")
+    return tmp_path / "ema.safetensors"
+
+
+@pytest.fixture
+def sampler(compose_params, weights):
+    return Sampler(
+        network=NETWORK,
+        space="pixels",
         shape=(1, 8, 8),
+        weights="ema",
+        weights_sha256=sha256(weights),
+        step=12,
+        method="annealed_langevin",
+        schedule=schedule.choose(compose_params("experiment=tiny").noise, torch.rand(20, 1, 8, 8)),
         denoise=True,
+        precision="fp32",
         seed=5,
-        folder=tmp_path / "shards",
     )
+
+
+@pytest.fixture
+def runtime(compose_params, tmp_path):
+    return dataclasses.replace(compose_params().runtime, storage=str(tmp_path / "store"))
+
+
+@pytest.fixture
+def drawer(sampler, weights, runtime):
+    return Drawer.of(sampler, weights, runtime)
+
+
+@pytest.fixture
+def order(sampler, weights):
+    return Order(sampler, weights, 10, 4)
 
 
 def _close(a, b):
     """Equal up to one grey level in a few places: float summation in another order, then rounding."""
-    difference = np.abs(a.astype(int) - b.astype(int))
+    difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
     return difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_images_do_not_depend_on_the_batch(sampler):
-    drawer = sample.Drawer(sampler)
+def _write_all(order, drawer, runtime):
+    place = store(runtime.storage) / order.sampler.name
+    for block in order.blocks:
+        _shards.write(place, block, drawer.draw(torch.arange(*block)).numpy())
+    return place
+
+
+def test_images_do_not_depend_on_the_batch(drawer):
     whole = drawer.draw(torch.arange(12)).numpy()
     parts = torch.cat([drawer.draw(part) for part in torch.arange(12).split(5)]).numpy()
     assert whole.shape == (12, 1, 8, 8)
@@ -50,73 +80,126 @@ def test_images_do_not_depend_on_the_batch(sampler):
     assert len({image.tobytes() for image in whole}) == 12
 
 
-def test_shards_cover_the_images_in_fixed_blocks():
-    assert sample.shards(40, 16) == [(0, 16), (16, 32), (32, 40)]
-    assert sample.shards(32, 16) == sample.shards(40, 16)[:2]
+def test_as_many_go_through_the_network_at_once_as_memory_allows(drawer, sampler, weights, runtime, caplog):
+    few = Drawer.of(sampler, weights, dataclasses.replace(runtime, micro_batch=5))
+    whole = drawer.draw(torch.arange(12))
+    assert _close(few.draw(torch.arange(12)), whole)
+    assert few.model.most == 5
+    sizes = []
+
+    def draw(index):
+        sizes.append(len(index))
+        if len(index) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return index
+
+    model = Model(NETWORK, weights.read_bytes(), "fp32", runtime)
+    assert model(draw, torch.arange(100, 114), (1, 8, 8)).tolist() == list(range(100, 114))
+    assert sizes == [14, 7, 4, 2, 2, 2, 2, 2, 2, 2]
+    assert "going on with runtime.micro_batch=2, the same images" in caplog.text
+
+    def never(index):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(StageError, match="out of memory with one image at a time"):
+        model(never, torch.arange(3), (1, 8, 8))
 
 
-def test_images_of_another_size_are_other_samples(compose_params, workdir, monkeypatch):
-    network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
+def test_bfloat16_draws_about_the_same(drawer, sampler, weights, runtime):
+    half = dataclasses.replace(sampler, precision="bf16")
+    assert half.name != sampler.name
+    a, b = drawer.draw(torch.arange(8)), Drawer.of(half, weights, runtime).draw(torch.arange(8))
+    assert 0 < (a.int() - b.int()).abs().float().mean() < sample.TOLERATED["bf16"]
+
+
+def test_shards_are_fixed_blocks(order):
+    assert dataclasses.replace(order, n=40, size=16).blocks == [(0, 16), (16, 32), (32, 40)]
+    assert dataclasses.replace(order, n=32, size=16).blocks == [(0, 16), (16, 32)]
+    assert dataclasses.replace(order, first=2**40).blocks[0] == (2**40, 2**40 + 4)
+
+
+def test_whatever_determines_an_image_is_in_the_name(sampler):
+    others = [
+        {"shape": (1, 16, 16)},
+        {"weights_sha256": "1" * 64},
+        {"denoise": False},
+        {"precision": "bf16"},
+        {"seed": 6},
+        {"space": "centred"},
+        {"schedule": sampler.schedule | {"steps_per_level": 3}},
+    ]
+    names = {dataclasses.replace(sampler, **other).name for other in [{}, *others]}
+    assert len(names) == 1 + len(others)
+    assert dataclasses.replace(sampler).name == sampler.name
+
+
+def test_the_stage_draws_by_its_parameters(compose_params, workdir, monkeypatch):
     hashes = {"ema": "0" * 64, "initial": "1" * 64}
-    write_json(train.OUT / "model.json", {"network": network, "space": "pixels", "step": 12, "sha256": hashes})
-    params = compose_params("experiment=tiny")
+    write_json(train.OUT / "model.json", {"network": NETWORK, "space": "pixels", "step": 12, "sha256": hashes})
+    params = compose_params("experiment=tiny", "sample.ranges=3", "sample.denoise=false")
     write_json(schedule.OUT / "schedule.json", schedule.choose(params.noise, torch.rand(20, 1, 8, 8)))
-
-    def folder(shape, kind="ema"):
-        monkeypatch.setattr(sample.prepare, "manifest", lambda: {"shape": shape})
-        return sample.make_sampler(params, kind).folder
-
-    assert folder([1, 8, 8]) == folder([1, 8, 8])
-    assert len({folder([1, 8, 8]), folder([1, 16, 16]), folder([1, 8, 8], "untrained")}) == 3
-
-
-def test_a_shard_is_drawn_once_and_a_damaged_one_again(sampler, caplog):
-    shard = (3, 7)
-    assert not sample.is_done(sampler.folder, shard)
-    sample.Drawer(sampler)(shard)
-    assert sample.is_done(sampler.folder, shard)
-    path = sample.shard_path(sampler.folder, shard)
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert not sample.is_done(sampler.folder, shard)
-    assert "is damaged and drawn again" in caplog.text
-    sample.Drawer(sampler)(shard)
-    assert path.read_bytes() == good
-    assert sorted(p.name for p in sampler.folder.iterdir()) == ["shard_000003_000007.json", "shard_000003_000007.npy"]
+    monkeypatch.setattr(sample.prepare, "manifest", lambda: {"shape": [1, 8, 8], "splits": {"test": {"n": 30}}})
+    orders = sample.make_orders(params)
+    assert (orders["ema"].n, orders["untrained"].n) == (120, 30)
+    assert (orders["ema"].frames, orders["untrained"].frames) == (25, 0)
+    ema, untrained = orders["ema"].sampler, orders["untrained"].sampler
+    assert (ema.nfe, ema.step, ema.weights_sha256, ema.denoise) == (8, 12, "0" * 64, False)
+    assert (untrained.step, untrained.weights, untrained.weights_sha256) == (0, "initial", "1" * 64)
 
 
-def test_images_that_diverge_are_named_and_not_stored(sampler):
-    sampler = _diverging(sampler)
+def test_a_shard_is_drawn_once_and_a_damaged_one_again(order, drawer, runtime, caplog):
+    storage = store(runtime.storage)
+    assert _shards.missing(order, storage) == order.blocks
+    place = _write_all(order, drawer, runtime)
+    assert _shards.missing(order, storage) == []
+    names = place.names()
+    assert names == sorted(f"shard_{a:06d}_{b:06d}.{end}" for a, b in order.blocks for end in ("npy", "json"))
+    good = place.read("shard_000004_000008.npy")
+    place.write("shard_000004_000008.npy", good[:-1] + bytes([good[-1] ^ 1]))
+    place.write("shard_000008_000010.json", b'{"sha')  # half a note
+    assert _shards.missing(order, storage) == [(4, 8), (8, 10)]
+    assert caplog.text.count("is damaged and drawn again") == 2
+    with pytest.raises(StageError, match=r"shard_000004_000008.npy is damaged or gone"):
+        _shards.load(order, runtime)
+    _write_all(order, drawer, runtime)
+    assert place.read("shard_000004_000008.npy") == good
+    place.remove("shard_000000_000004.json")  # written last: without it, it was never finished
+    assert _shards.missing(order, storage) == [(0, 4)]
+
+
+def test_images_that_diverge_are_named(sampler, weights, runtime):
+    drawer = Drawer.of(_diverging(sampler), weights, runtime)
     with pytest.raises(StageError, match=r"not finite with noise.epsilon=1e\+38 \(Langevin .* 2 sigma_L\^2 = 0.005 on"):
-        sample.Drawer(sampler)((0, 2))
-    assert list(sampler.folder.iterdir()) == []
+        drawer.draw(torch.arange(2))
 
 
-def test_the_manifest_describes_the_shards(sampler, tmp_path):
-    blocks = sample.shards(10, 4)
-    for block in blocks:
-        sample.Drawer(sampler)(block)
-    sample.publish(sampler, blocks, tmp_path / "out")
+def test_the_manifest_describes_the_shards(order, drawer, runtime, tmp_path):
+    _write_all(order, drawer, runtime)
+    _shards.publish(order, runtime, tmp_path / "out", {"ranges": 1})
     manifest = sample.manifest(tmp_path / "out")
-    assert manifest["n"] == 10
-    assert manifest["nfe"] == sampler.schedule["L"] * sampler.schedule["steps_per_level"] + 1
+    assert (manifest["n"], manifest["ranges"]) == (10, 1)
+    levels = order.sampler.schedule
+    assert manifest["nfe"] == levels["L"] * levels["steps_per_level"] + 1
+    assert manifest["sampler"]["name"] == "annealed_langevin"
+    assert manifest["sampler"]["precision"] == "fp32"
     assert [(s["first"], s["last"]) for s in manifest["shards"]] == [(0, 3), (4, 7), (8, 9)]
     for entry in manifest["shards"]:
         assert sha256(tmp_path / "out" / entry["file"]) == entry["sha256"]
     images = sample.load(tmp_path / "out")
     assert images.shape == (10, 1, 8, 8)
-    assert _close(images, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
+    assert np.array_equal(images, _shards.load(order, runtime))
+    assert _close(images, drawer.draw(torch.arange(10)))
 
 
-def test_the_animation_ends_with_the_samples(sampler, tmp_path, monkeypatch):
-    frames = sample.animate(sampler, 6)
-    assert len(frames) == sampler.schedule["L"] + 1
-    assert _close(frames[-1].numpy(), sample.Drawer(sampler).draw(torch.arange(6)).numpy())
+def test_the_animation_ends_with_the_samples(drawer, tmp_path, monkeypatch):
+    frames = _shards.animate(drawer, 6)
+    assert len(frames) == drawer.sampler.schedule["L"] + 1
+    assert _close(frames[-1], drawer.draw(torch.arange(6)))
     at_level = [frame.numpy() for frame in frames]
-    monkeypatch.setattr(sample, "MOST_LEVELS", 3)  # of 4 levels: every second
-    fewer = [frame.numpy() for frame in sample.animate(sampler, 6)]
+    monkeypatch.setattr(_shards, "MOST_LEVELS", 3)  # of 4 levels: every second
+    fewer = [frame.numpy() for frame in _shards.animate(drawer, 6)]
     assert [f.tobytes() for f in fewer] == [at_level[k].tobytes() for k in (1, 3, 4)]
-    sample.save_gif(frames, 3, tmp_path / "x.gif")
+    save_gif(frames, 3, tmp_path / "x.gif")
     assert Image.open(tmp_path / "x.gif").n_frames > 1
 
 
@@ -140,19 +223,55 @@ def _killed_once(folder):
     return make
 
 
-def test_ray_workers_draw_the_same_shards_and_survive_a_kill(sampler, compose_params, tmp_path):
-    blocks = sample.shards(10, 4)
-    runtime = compose_params("runtime.workers=2").runtime
+def test_ray_workers_draw_the_same_shards_and_survive_a_kill(order, drawer, runtime, on_s3, tmp_path, caplog):
+    caplog.set_level("INFO", "pipeline")
+    initial = dataclasses.replace(order, n=6, sampler=dataclasses.replace(order.sampler, seed=9))
+    orders = {"ema": dataclasses.replace(order, frames=3), "other": initial}
+    remote = dataclasses.replace(runtime, storage=s3.STORAGE)
     with _ray.cluster(runtime):
-        done = dict(_ray.shards(sample.Pool({"ema": sampler}), [("ema", block) for block in blocks], runtime))
+        frames, pace = _shards.draw(orders, remote)
+        assert pace > 0
+        place = store(s3.STORAGE) / order.sampler.name
+        place.write("shard_000004_000008.npy", b"not an array")
+        caplog.clear()
+        _shards.draw(orders, remote)
+        assert "ema: 10 images, 9 NFE each, 6 there already" in caplog.text
+        assert "other: 6 images, 9 NFE each, 6 there already" in caplog.text
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4], runtime))
         with pytest.raises(StageError, match=r"^images are not finite"):  # not a traceback of the worker
-            list(_ray.shards(sample.Pool({"ema": _diverging(sampler)}), [("ema", (0, 2))], runtime))
-    assert {block for _, block in done} == set(blocks)
-    drawn = np.concatenate([np.load(sample.shard_path(sampler.folder, block)) for block in blocks])
-    assert _close(drawn, sample.Drawer(sampler).draw(torch.arange(10)).numpy())
-    for block in blocks:
-        path = sample.shard_path(sampler.folder, block)
-        assert read_json(path.with_suffix(".json"))["sha256"] == sha256(path)
-    assert (tmp_path / "killed").exists()
+            _shards.draw({"ema": dataclasses.replace(order, sampler=_diverging(order.sampler))}, runtime)
+        with pytest.raises(StageError, match=r"runtime.actors=99: this machine has \d+ cores, expected at most"):
+            list(_ray.shards(_killed_once(tmp_path), [0], dataclasses.replace(runtime, actors=99)))
+        frail = dataclasses.replace(runtime, max_failures=0)
+        (tmp_path / "killed").unlink()
+        with pytest.raises(StageError, match=r"a worker died more than runtime.max_failures=0 times"):
+            list(_ray.shards(_killed_once(tmp_path), [2], frail))
+    assert _close(_shards.load(order, remote), drawer.draw(torch.arange(10)))
+    assert not _close(_shards.load(order, remote)[:6], _shards.load(initial, remote))
+    assert _close(frames["ema"][-1], drawer.draw(torch.arange(3)))
     assert squares == {0: 0, 1: 1, 2: 4, 3: 9, 4: 16}
+
+
+def test_what_is_drawn_again_is_compared_with_what_is_there(order, drawer, runtime, params, workdir, caplog):
+    caplog.set_level("INFO", "pipeline")
+    params = dataclasses.replace(params, runtime=runtime)
+    _write_all(order, drawer, runtime)
+    (workdir / "samples").mkdir()
+    _shards.publish(order, runtime, workdir / "samples" / "ema", {"ranges": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "OUT", workdir / "samples")
+        sample.check_again({"ema": order}, params, 99)
+        assert "ema: 10 of 10 images drawn again, " in caplog.text
+        other = dataclasses.replace(order, sampler=dataclasses.replace(order.sampler, seed=6))
+        with pytest.raises(StageError, match=r"was drawn with seed=5, not 6"):
+            sample.check_again({"ema": other}, params, 3)
+        path = workdir / "samples" / "ema" / "shard_000004_000008.npy"
+        swapped = np.load(path)[::-1]
+        np.save(path, swapped)
+        with pytest.raises(StageError, match=r"shard_000004_000008.npy is damaged"):
+            sample.check_again({"ema": order}, params, 3)
+        manifest = read_json(path.with_name("manifest.json"))
+        manifest["shards"][1]["sha256"] = sha256(path)
+        write_json(path.with_name("manifest.json"), manifest)
+        with pytest.raises(StageError, match=r"image [4-7] drawn again is another one: its pixels differ by"):
+            sample.check_again({"ema": order}, params, 10)

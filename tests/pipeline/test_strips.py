@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ncsn import images
-from pipeline import prepare, sample, schedule, strips, train
+from pipeline import prepare, schedule, strips, train
+from pipeline._sampler import Drawer, Sampler
 
 
 @pytest.fixture(params=images.SPACES)
@@ -17,20 +18,21 @@ def drawer(request, compose_params, workdir):
     torch.manual_seed(0)
     network = {"name": "ncsnv2", "channels": 1, "width": 4, "act": "elu"}
     save_file(train.build(network).state_dict(), workdir / "ema.safetensors")
-    return sample.Drawer(
-        sample.Sampler(
-            network=network,
-            weights=workdir / "ema.safetensors",
-            weights_sha256="0" * 64,
-            step=12,
-            schedule=schedule.choose(compose_params("experiment=tiny").noise, torch.rand(20, 1, 8, 8)),
-            shape=(1, 8, 8),
-            denoise=True,
-            seed=5,
-            space=request.param,
-            folder=workdir / "shards",
-        )
+    params = compose_params("experiment=tiny")
+    sampler = Sampler(
+        network=network,
+        space=request.param,
+        shape=(1, 8, 8),
+        weights="ema",
+        weights_sha256="0" * 64,
+        step=12,
+        method="annealed_langevin",
+        schedule=schedule.choose(params.noise, torch.rand(20, 1, 8, 8)),
+        denoise=True,
+        precision="fp32",
+        seed=5,
     )
+    return Drawer.of(sampler, workdir / "ema.safetensors", params.runtime)
 
 
 def _real(n):

@@ -1,0 +1,194 @@
+"""What determines an image, and the network that draws it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from ncsn import images, random, samplers
+from ncsn.inference import Evaluator, activation_bytes, micro_batch
+from pipeline import _params, train
+from pipeline._stage import StageError, log
+from pipeline._store import code_digest, fingerprint
+
+LEVELS = ("spacing", "sigma_1", "sigma_L", "L", "steps_per_level", "epsilon")  # of a schedule, in manifests
+CODE = (
+    *("ncsn/networks", "ncsn/samplers.py", "ncsn/random.py", "ncsn/noise.py", "ncsn/images.py", "ncsn/inference.py"),
+    "pipeline/_sampler.py",
+)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything that determines image i; a plain value.
+
+    Args:
+        network: As in model.json.
+        space: What the network sees: a key of images.SPACES.
+        shape: Of an image, (C, H, W).
+        weights: "ema" or "initial".
+        weights_sha256: Of their file.
+        step: Of the checkpoint.
+        method: "annealed_langevin" or "consistent".
+        schedule: As in schedule.json: sigmas, epsilon, steps_per_level, and what they come from.
+        denoise: Whether the final denoising step is taken.
+        precision: "fp32", "tf32" or "bf16", of the network's products.
+        seed: Of all noise.
+    """
+
+    network: dict[str, Any]
+    space: str
+    shape: tuple[int, ...]
+    weights: str
+    weights_sha256: str
+    step: int
+    method: str
+    schedule: dict[str, Any]
+    denoise: bool
+    precision: str
+    seed: int
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image."""
+        L, T = self.schedule["L"], self.schedule["steps_per_level"]
+        return int((L - 1 if self.method == "consistent" else L) * T + self.denoise)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What manifests and passports say of it."""
+        levels = {key: self.schedule[key] for key in LEVELS}
+        return {"name": self.method, **levels, "denoise": self.denoise, "precision": self.precision}
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its images; it hashes all that determines them."""
+        identity = {
+            "network": self.network,
+            "space": self.space,
+            "shape": list(self.shape),
+            "weights": self.weights_sha256,
+            "schedule": {key: self.schedule[key] for key in ("sigmas", "epsilon", "steps_per_level")},
+            "sample": {
+                "method": self.method,
+                "denoise": self.denoise,
+                "precision": self.precision,
+                "seed": self.seed,
+            },
+            "code": code_digest(*CODE),
+        }
+        return f"sample-{fingerprint(identity)}"
+
+
+class Model:
+    """A score network on this machine's device, and how many images it takes at once.
+
+    Args:
+        network: As in model.json.
+        weights: The content of their file.
+        precision: Of a `Sampler`.
+        runtime: Its compile, cuda_graphs, micro_batch and gpus_per_actor.
+    """
+
+    def __init__(self, network: dict[str, Any], weights: bytes, precision: str, runtime: _params.Runtime) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network, self.precision, self.runtime = network, precision, runtime
+        built = train.build(network)
+        built.load_state_dict(load(weights))
+        self.score = Evaluator(
+            built.to(self.device), precision=precision, compile=runtime.compile, cuda_graph=runtime.cuda_graphs
+        )
+        self.most = runtime.micro_batch
+
+    def __call__(self, draw: Callable[[Tensor], Tensor], index: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """draw(index) for images of this shape, in parts of one size as far as memory demands."""
+        self.most = self.most or self._room(len(index), shape)
+        while True:
+            parts = index.tensor_split(-(-len(index) // self.most))
+            try:
+                return torch.cat([draw(part) for part in parts])
+            except RuntimeError as error:
+                if not train.out_of_memory(error):
+                    raise
+                if self.most == 1:
+                    raise StageError("out of memory with one image at a time: take a smaller model") from error
+            # Here, where the error and what its traceback holds are gone
+            self.most = -(-self.most // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("out of memory: going on with runtime.micro_batch=%d, the same images", self.most)
+
+    def _room(self, n: int, shape: tuple[int, ...]) -> int:
+        """How many of n images at once: workers that share a GPU, or this machine's memory, share its room."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0] * self.runtime.gpus_per_actor
+        else:
+            free = psutil.virtual_memory().available / (self.runtime.actors or len(os.sched_getaffinity(0)))
+        with torch.device("meta"):
+            twin = train.build(self.network)
+        return micro_batch(int(free), activation_bytes(twin, shape), n)
+
+
+class Drawer:
+    """A sampler with its network."""
+
+    def __init__(self, sampler: Sampler, model: Model) -> None:
+        self.sampler, self.model, self.device = sampler, model, model.device
+        self.sigmas = torch.tensor(sampler.schedule["sigmas"], dtype=torch.float64)
+        self.to_space, self.to_pixels = images.SPACES[sampler.space]
+
+    @classmethod
+    def of(cls, sampler: Sampler, weights: Path, runtime: _params.Runtime) -> "Drawer":
+        """With the weights of a file."""
+        return cls(sampler, Model(sampler.network, weights.read_bytes(), sampler.precision, runtime))
+
+    def draw(self, index: Tensor) -> Tensor:
+        """Images with these numbers, uint8, shape (B, C, H, W), on the CPU; as many at once as memory allows."""
+        return self.model(lambda part: images.to_uint8(self.langevin(part)).cpu(), index, self.sampler.shape)
+
+    def langevin(
+        self,
+        index: Tensor,
+        *,
+        noise: samplers.Noise | None = None,
+        project: samplers.Project | None = None,
+        observe: samplers.Observe | None = None,
+    ) -> Tensor:
+        """Images with these numbers in pixel units, not clamped, float32, shape (B, C, H, W), on the drawer's device.
+
+        Nothing in it waits for the device until all is drawn.
+
+        Args:
+            index: Image numbers, shape (B,).
+            noise: In place of that of (seed, number); see `ncsn.samplers`.
+            project: Puts in what is known, in the network's space (`to_space`).
+            observe: Sees the images in pixel units.
+
+        Raises:
+            StageError: If an image is not finite.
+        """
+        s = self.sampler
+        index = index.to(self.device)
+        x = samplers.annealed_langevin(
+            self.model.score,
+            self.to_space(random.start_images(s.seed, index, s.shape)),
+            self.sigmas,
+            epsilon=s.schedule["epsilon"],
+            steps_per_level=s.schedule["steps_per_level"],
+            denoise=s.denoise,
+            noise=noise or random.seeded_noise(s.seed, index),
+            project=project,
+            observe=observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
+        )
+        if not x.isfinite().all():
+            raise StageError(
+                f"images are not finite with noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from "
+                f"2 sigma_L^2 = {2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner): lower it, then dvc repro"
+            )
+        return self.to_pixels(x)

@@ -1,0 +1,229 @@
+"""Images in fixed blocks of numbers, drawn by a pool of Ray workers into a store, each once.
+
+A block is shard_000000_000100.npy, uint8 (n, C, H, W), with its hash in a .json file beside it, which is written last:
+without it a shard does not count. Who draws a shard, and when, does not change it.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncsn import images
+from pipeline import _params, _ray, _stage
+from pipeline._sampler import Drawer, Model, Sampler
+from pipeline._stage import StageError, log
+from pipeline._store import Store, store, write_json
+
+Block = tuple[int, int]  # numbers of the first image, and of the first one that is no more
+MOST_LEVELS = 60  # in an animation
+READERS = 8  # shards that are read at once: a store may be far away
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn: n images from number `first` on, and of so many the way there, as an animation."""
+
+    sampler: Sampler
+    weights: Path
+    n: int
+    size: int  # of a shard
+    first: int = 0
+    frames: int = 0
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The numbers of each shard's images: they do not depend on n, but for the last shard's end."""
+        end = self.first + self.n
+        return [(first, min(first + self.size, end)) for first in range(self.first, end, self.size)]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Makes the function of a worker: from a name and a block to a finished shard, or without a block to frames."""
+
+    orders: Mapping[str, Order]
+    weights: Mapping[str, _ray.Shared]  # by name
+    storage: Store
+    runtime: _params.Runtime
+
+    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | None]:
+        # One network at a time: orders come one after the other.
+        @functools.lru_cache(1)
+        def model(name: str) -> Model:
+            sampler = self.orders[name].sampler
+            return Model(sampler.network, self.weights[name].open(), sampler.precision, self.runtime)
+
+        alike = _alike(self.orders)
+
+        def work(job: tuple[str, Block | None]) -> list[Tensor] | None:
+            name, block = job
+            order = self.orders[name]
+            drawer = Drawer(order.sampler, model(alike[name]))
+            if block is None:
+                return animate(drawer, order.frames)
+            write(self.storage / order.sampler.name, block, drawer.draw(torch.arange(*block)).numpy())
+            return None
+
+        return work
+
+
+def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> tuple[dict[str, list[Tensor]], float]:
+    """Draw what is not there yet, with a progress bar in images, within `_ray.cluster`.
+
+    Args:
+        orders: By names.
+        runtime: Its storage, and how the workers are to be.
+
+    Returns:
+        The frames that were ordered, by name, and the images drawn each second (0 if all were there).
+
+    Raises:
+        StageError: If images are not finite, memory does not suffice or workers die too often.
+        StoppedError: After a signal; finished shards stay.
+    """
+    storage = store(runtime.storage)
+    storage.check()
+    todo = {name: missing(order, storage) for name, order in orders.items()}
+    for name, order in orders.items():
+        there = order.n - sum(last - first for first, last in todo[name])
+        what = f"{order.n:,} images, {order.sampler.nfe:,} NFE each" + (f", {there:,} there already" if there else "")
+        log.info("%s: %s, in %s", name, what, (storage / order.sampler.name).uri)
+    jobs = [(name, block) for name in orders for block in [*todo[name], *([None] if orders[name].frames else [])]]
+    total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
+    needed = {_alike(orders)[name] for name, _ in jobs}
+    weights = {name: _ray.put(orders[name].weights.read_bytes()) for name in needed}
+    frames, start = {}, time.monotonic()
+    with _stage.StopSignals(), _stage.progress(total, "image", "draw", total - left) as bar:
+        for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime), jobs, runtime):
+            if block is None:
+                frames[name] = found
+            else:
+                bar.update(block[1] - block[0])
+    return frames, left / (time.monotonic() - start)
+
+
+def missing(order: Order, storage: Store) -> list[Block]:
+    """The blocks of which there is no sound shard; damaged ones are reported."""
+    place = storage / order.sampler.name
+    names = set(place.names())
+    there = [block for block in order.blocks if {_name(block), _note(block)} <= names]
+    with ThreadPoolExecutor(READERS) as pool:
+        sound = dict(zip(there, pool.map(lambda block: _read(place, block) is not None, there), strict=True))
+    return [block for block in order.blocks if not sound.get(block)]
+
+
+def write(place: Store, block: Block, x: np.ndarray) -> None:
+    """Store a shard: its images, uint8, then their hash."""
+    file = io.BytesIO()
+    np.save(file, x)
+    content = file.getvalue()
+    place.write(_name(block), content)
+    about = {"first": block[0], "last": block[1] - 1, "sha256": hashlib.sha256(content).hexdigest()}
+    place.write(_note(block), (json.dumps(about, indent=2) + "\n").encode())
+
+
+def load(order: Order, runtime: _params.Runtime) -> np.ndarray:
+    """The images of an order that was drawn, uint8 (n, C, H, W); raises StageError if a shard is damaged."""
+    place = store(runtime.storage) / order.sampler.name
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = pool.map(lambda block: np.load(io.BytesIO(_sound(place, block))), order.blocks)
+        return np.concatenate(list(parts))
+
+
+def publish(order: Order, runtime: _params.Runtime, folder: Path, about: dict[str, Any]) -> None:
+    """Copy the shards of an order that was drawn into a new folder, with a manifest, which has one hash over all."""
+    place, sampler = store(runtime.storage) / order.sampler.name, order.sampler
+    folder.mkdir()
+
+    def copy(block: Block) -> dict[str, Any]:
+        content = _sound(place, block)
+        (folder / _name(block)).write_bytes(content)
+        found = hashlib.sha256(content).hexdigest()
+        return {"file": _name(block), "first": block[0], "last": block[1] - 1, "sha256": found}
+
+    with ThreadPoolExecutor(READERS) as pool:
+        entries = list(pool.map(copy, order.blocks))
+    write_json(
+        folder / "manifest.json",
+        {
+            "n": order.n,
+            **about,
+            "shape": sampler.shape,
+            "seed": sampler.seed,
+            "weights": sampler.weights,
+            "weights_sha256": sampler.weights_sha256,
+            "step": sampler.step,
+            "sampler": sampler.settings,
+            "nfe": sampler.nfe,
+            "shards": entries,
+            "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in entries).encode()).hexdigest(),
+        },
+    )
+
+
+def animate(drawer: Drawer, n: int) -> list[Tensor]:
+    """The first n images at the end of noise levels, and when they are done: uint8, (n, C, H, W) each.
+
+    Of more than MOST_LEVELS levels every second, third and so on counts, such that the last one does.
+    """
+    frames: list[Tensor] = []
+    L, T = drawer.sampler.schedule["L"], drawer.sampler.schedule["steps_per_level"]
+    every = -(-L // MOST_LEVELS) * T
+
+    def observe(x: Tensor, step: int, sigma: float) -> None:
+        if (L * T - 1 - step) % every == 0:
+            frames.append(images.to_uint8(x))
+
+    final = images.to_uint8(drawer.langevin(torch.arange(n), observe=observe))
+    return [frame.cpu() for frame in [*frames, final]]
+
+
+def _alike(orders: Mapping[str, Order]) -> dict[str, str]:
+    """Of each order the first one with the same network in the same precision."""
+    first: dict[tuple[str, str], str] = {}
+    return {
+        name: first.setdefault((order.sampler.weights_sha256, order.sampler.precision), name)
+        for name, order in orders.items()
+    }
+
+
+def _sound(place: Store, block: Block) -> bytes:
+    content = _read(place, block)
+    if content is None:
+        raise StageError(f"{place.uri}/{_name(block)} is damaged or gone: the same command draws it again")
+    return content
+
+
+def _read(place: Store, block: Block) -> bytes | None:
+    """The content of a shard; None if it is not what was written, which is reported."""
+    try:
+        content, note = place.read(_name(block)), place.read(_note(block))
+    except FileNotFoundError:
+        return None
+    try:
+        told = json.loads(note)["sha256"]
+    except (ValueError, KeyError, TypeError):
+        told = None
+    if hashlib.sha256(content).hexdigest() == told:
+        return content
+    log.warning("%s/%s is damaged and drawn again", place.uri, _name(block))
+    return None
+
+
+def _name(block: Block) -> str:
+    return f"shard_{block[0]:06d}_{block[1]:06d}.npy"
+
+
+def _note(block: Block) -> str:
+    return f"shard_{block[0]:06d}_{block[1]:06d}.json"
