@@ -131,7 +131,7 @@ class Model:
         else:
             free = psutil.virtual_memory().available / (self.runtime.actors or len(os.sched_getaffinity(0)))
         with torch.device("meta"):
-            twin = train.build(self.network)
+            twin = train.build(self.network).to("meta")  # with what was made of numbers
         return micro_batch(int(free), activation_bytes(twin, shape), n)
 
 
