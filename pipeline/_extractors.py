@@ -3,7 +3,11 @@
 Nothing is downloaded here; `pipeline.fetch` gets the weights.
 """
 
-from dataclasses import dataclass
+import functools
+import operator
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,15 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
-from tqdm import tqdm
 
 from ncsn import images
-from pipeline import features
+from ncsn.metrics import Moments
+from pipeline import _params, _ray, _stage, features
 from pipeline._stage import StageError
 from pipeline._store import sha256
 
 BATCH = 64  # torch-fidelity's own
+BLOCK = 1000  # images whose features a worker computes at a time
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # how the digest begins; torch-hub files carry it in their name
@@ -106,28 +111,138 @@ class Extractor:
         name: str = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric(metric)
         return name
 
-    def __call__(self, x: np.ndarray, what: str) -> dict[str, Tensor]:
-        """The features and logits of images, with a progress bar.
+    @property
+    def files(self) -> list[Path]:
+        """What `open` needs."""
+        return [self.weights, *([self.weights.with_name("classifier.json")] if self.classes is not None else [])]
 
-        Args:
-            x: uint8, (N, C, H, W) with C = 3, or C = 1, which is repeated to 3.
-            what: Name of the images, for the progress bar.
+    def open(self) -> Callable[[np.ndarray], dict[str, Tensor]]:
+        """The network, as a function of images: uint8, (N, C, H, W), C = 3 or 1, to layer name to float32 (N, d) on the
+        CPU.
 
-        Returns:
-            Layer name to float32 (N, d), on the CPU.
+        Raises:
+            StageError: If the weights are not those that were checked.
         """
+        if (found := sha256(self.weights)) != self.sha256:
+            raise StageError(f"{self.weights} has SHA-256 {found}, expected {self.sha256}: it is not opened")
+        if self.classes is not None:
+            register_classifier(self.name)
         cuda = torch.cuda.is_available()
-        layers = [self.layer("fid"), self.layer("isc")]
-        extractor = create_feature_extractor(
+        layers = list(dict.fromkeys([self.layer("fid"), self.layer("isc")]))
+        network = create_feature_extractor(
             self.name, layers, cuda=cuda, feature_extractor_weights_path=str(self.weights), verbose=False
         )
-        parts = []
-        # Without TensorFloat-32, whose 10 bits would make a GPU's features differ from a CPU's in the third digit.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for first in tqdm(range(0, len(x), BATCH), unit="batch", desc=f"features of {what}"):
-                batch = torch.from_numpy(np.array(x[first : first + BATCH])).expand(-1, 3, -1, -1)
-                parts.append([layer.cpu() for layer in extractor(batch.cuda() if cuda else batch)])
-        return {name: torch.cat(rows) for name, rows in zip(layers, zip(*parts, strict=True), strict=True)}
+
+        def features(x: np.ndarray) -> dict[str, Tensor]:
+            parts = []
+            # Without TensorFloat-32, whose 10 bits would make a GPU's features differ from a CPU's in the third digit.
+            with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                for first in range(0, len(x), BATCH):
+                    batch = torch.from_numpy(np.array(x[first : first + BATCH])).expand(-1, 3, -1, -1)
+                    parts.append([layer.cpu() for layer in network(batch.cuda() if cuda else batch)])
+            return {name: torch.cat(rows) for name, rows in zip(layers, zip(*parts, strict=True), strict=True)}
+
+        return features
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images that workers compute features of.
+
+    Args:
+        n: How many.
+        pixels: uint8 (N, C, H, W), N >= n.
+        mirrored: Whether they are to be seen in a mirror.
+        moments: Whether the moments are wanted.
+        kept: Sorted numbers of those whose features are wanted; all by default.
+    """
+
+    n: int
+    pixels: _ray.Shared
+    mirrored: bool = False
+    moments: bool = False
+    kept: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a set of images.
+
+    Args:
+        layers: Layer name to float32 (N, d), of those that were wanted.
+        moments: Of the layer that FID is computed in, of all images, if they were wanted.
+    """
+
+    layers: dict[str, Tensor]
+    moments: Moments | None = None
+
+
+def extract(
+    extractor: Extractor, sets: Mapping[str, Pictures], runtime: _params.Runtime, block: int = BLOCK
+) -> dict[str, Features]:
+    """The features of all sets, computed by a pool of workers in fixed blocks, with a progress bar; within a cluster.
+
+    Moments are added up in the order of the blocks, so that the result depends neither on how many workers there are
+    nor on which of them is first.
+
+    Raises:
+        StageError: If features are not finite, or the weights not those that were checked.
+    """
+    jobs = [
+        (name, first, min(first + block, pictures.n))
+        for name, pictures in sets.items()
+        for first in range(0, pictures.n, block)
+    ]
+    files = {path.name: _ray.put(path.read_bytes()) for path in extractor.files}
+    found: dict[tuple[str, int, int], Features] = {}
+    with _stage.progress(sum(pictures.n for pictures in sets.values()), "image", "features") as bar:
+        for job, part in _ray.shards(_Pass(extractor, files, sets), jobs, runtime):
+            found[job] = part
+            bar.update(job[2] - job[1])
+    whole = {}
+    for name in sets:
+        parts = [found[job] for job in jobs if job[0] == name]
+        layers = {layer: torch.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers}
+        moments = [part.moments for part in parts if part.moments is not None]
+        whole[name] = Features(layers, functools.reduce(operator.add, moments) if moments else None)
+    return whole
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Makes the function of a worker: from a block of a set to its features."""
+
+    extractor: Extractor
+    files: Mapping[str, _ray.Shared]
+    sets: Mapping[str, Pictures]
+
+    def __call__(self) -> Callable[[tuple[str, int, int]], Features]:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in self.files.items():
+                Path(folder, name).write_bytes(content.open())
+            network = replace(self.extractor, weights=Path(folder, self.extractor.weights.name)).open()
+        fid = self.extractor.layer("fid")
+
+        def work(job: tuple[str, int, int]) -> Features:
+            name, first, last = job
+            pictures = self.sets[name]
+            x = pictures.pixels.open()[first:last]
+            layers = network(x[..., ::-1] if pictures.mirrored else x)
+            for layer, rows in layers.items():
+                bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
+                if bad:
+                    raise StageError(
+                        f"{layer} of {name} is not finite for image {first + bad[0]} and {len(bad) - 1} more of "
+                        f"{last - first}: expected finite features; look at that image, and at the weights of "
+                        f"{self.extractor.name}"
+                    )
+            moments = Moments.of(layers[fid]) if pictures.moments else None
+            if pictures.kept is not None:
+                here = pictures.kept[(pictures.kept >= first) & (pictures.kept < last)] - first
+                layers = {layer: rows[torch.from_numpy(here)] for layer, rows in layers.items()}
+            return Features(layers, moments)
+
+        return work
 
 
 def register_classifier(name: str) -> None:

@@ -351,7 +351,7 @@ def shards(
     """Yield (job, make()(job)) in the order of completion; a worker that dies is replaced and its job repeated.
 
     There are runtime.actors workers, by default as many as the cluster's GPUs have room for by runtime.gpus_per_actor,
-    or without GPUs one for each free core: one thread each beats all threads on one batch. A job goes to a worker that
+    or without GPUs one for each core: one thread each beats all threads on one batch. A job goes to a worker that
     is there, so that none waits for a node that has yet to come.
 
     Args:
@@ -399,7 +399,8 @@ def _slots(runtime: _params.Runtime) -> tuple[dict[str, float], int]:
     if gpus := _gpus():
         options, room = {"num_gpus": runtime.gpus_per_actor}, int(gpus / runtime.gpus_per_actor + 1e-6)
     else:
-        options, room = {"num_cpus": 1.0}, int(ray.available_resources().get("CPU", 0))
+        # All there are, busy or not: those of a pool that has just ended are not free at once.
+        options, room = {"num_cpus": 1.0}, int(ray.cluster_resources().get("CPU", 0))
     if runtime.actors is not None and runtime.actors > room and not _address(runtime):
         what = f"{gpus:g} GPUs and runtime.gpus_per_actor={runtime.gpus_per_actor:g}" if gpus else f"{room} cores"
         raise StageError(f"runtime.actors={runtime.actors}: this machine has {what}, expected at most {room}, or null")

@@ -107,6 +107,10 @@ class Run:
                 (files / (folder or "")).mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, files / (folder or "") / path.name)
 
+    def tables(self, *paths: str) -> None:
+        """Let the UI show artifacts, JSON with "columns" and "data", as tables that can be compared between runs."""
+        self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in paths])})
+
     def finish(self) -> None:
         """Mark the run as complete; a later stage starts another one."""
         self._note("status", [["FINISHED", _now()]])

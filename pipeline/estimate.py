@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.training import update
-from pipeline import _extractors, _params, _ray, _stage, evaluate, prepare, sample, schedule, train
+from pipeline import _extractors, _params, _ray, _reference, _stage, evaluate, prepare, sample, schedule, train
 from pipeline._sampler import Drawer, Model, Sampler
 from pipeline._stage import StageError, log
 from pipeline._store import store
@@ -188,7 +188,7 @@ def judged(judging: Judging, n: int, reference: int, yardstick: int) -> float:
     The metrics of n images and M neighbours take what they take for `ROWS` of both, and more for precision and recall,
     which look at all pairs within and between the two sets.
     """
-    M = min(reference, evaluate.NEIGHBOURHOOD_IMAGES)
+    M = min(reference, _reference.NEIGHBOURHOOD_IMAGES)
 
     def metrics(rows: int) -> float:
         return judging.metrics + judging.pair * ((rows + M) ** 2 - (2 * ROWS) ** 2)
@@ -256,11 +256,12 @@ def time_judging(params: _params.Params) -> Judging:
     extractor = evaluate.choose_extractor(params.evaluate)
     assert extractor is not None
     images = prepare.load("train")[0][: 4 * _extractors.BATCH]
-    layers = extractor(images, "a few images")
-    image = _seconds(lambda: extractor(images, "a few images")) / len(images)
+    features = extractor.open()
+    layers = features(images)
+    image = _seconds(lambda: features(images)) / len(images)
     generator = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(ROWS, layer.shape[1], generator=generator) for name, layer in layers.items()}
-    reference = evaluate.Reference.of(rows[extractor.layer("fid")].flip(0), 0)
+    reference = _reference.Reference.of(rows[extractor.layer("fid")].flip(0), 0)
 
     def judge() -> None:
         evaluate.distances(rows, extractor, reference, 0)

@@ -1,9 +1,13 @@
 """Judge the samples: FID, KID, IS, precision and recall against the training images, each with a passport.
 
-Reads out/data, out/features, out/samples and the section `evaluate`; writes out/evaluate: metrics.json (numbers) and
-passports.json (what each number was computed from). Three yardsticks are judged in the same way: real test images (the
-floor), the same blurred, and images of the untrained network. FID falls with the number of images, so the samples are
-judged twice: all of them (fid_digits_1k), and as many as each yardstick has (fid_digits_360.samples beside .test).
+Reads out/data, out/features, out/samples and the section `evaluate`; writes out/evaluate: metrics.json (numbers),
+passports.json (what each number was computed from), and neighbours.json, neighbours.png and distances.png (whether the
+samples are copies of training images). Three yardsticks are judged in the same way: real test images (the floor), the
+same blurred, and images of the untrained network. FID falls with the number of images, so the samples are judged twice:
+all of a range (fid_digits_1k), and as many as each yardstick has (fid_digits_360.samples beside .test). With
+sample.ranges=3 each range is judged, and fid_digits_1k.mean has mean and spread.
+
+Features are computed by a pool of Ray workers; those of the training images are kept in runtime.storage.
 
 evaluate.extractor=classifier           the classifier of the stage `features`; needs labels
 evaluate.extractor=inception-v3-compat  Inception; needs its weights on this machine, nothing is downloaded
@@ -12,6 +16,8 @@ evaluate.extractor=auto                 the classifier if there are labels, else
 
 import math
 import re
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,8 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _extractors, _params, _stage, _track, features, prepare, sample
+from pipeline import _extractors, _neighbours, _params, _ray, _reference, _stage, _track, features, prepare, sample
+from pipeline._reference import Reference, draw
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, replacing_folder, write_json
 
@@ -32,10 +39,11 @@ OUT = Path("out/evaluate")
 SPLITS = 10  # of IS
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3  # of precision and recall
-NEIGHBOURHOOD_IMAGES = 10_000  # reference images that precision and recall use: their cost is quadratic
 LEAST_IMAGES = NEIGHBOURS + 1
 CONFIDENT = 0.9
-TOLERATED_DIFFERENCE = 0.05  # of a channel's mean or deviation, images in [0, 1]
+TOLERATED_DIFFERENCE = 0.05  # of a channel's mean or deviation, images in [0, 1], or of the share of its pixels
+FLAT = 1 / 255  # standard deviation of an image's pixels up to which it shows nothing
+TOLERATED_FLAT = 0.01  # share of such images beyond that in the data
 
 Passport = dict[str, Any]
 
@@ -59,49 +67,52 @@ class ImageSet:
     manifest: dict[str, Any] | None = None
     source: str | None = None
 
-
-@dataclass(frozen=True)
-class Reference:
-    """What is compared with: the training images.
-
-    Args:
-        features: float32 (N, d).
-        moments: Of all the features.
-        neighbours: float32 (M, d): those that precision and recall use, drawn by the seed if there are too many.
-    """
-
-    features: Tensor
-    moments: Moments
-    neighbours: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, seed: int) -> "Reference":
-        return cls(rows, Moments.of(rows), rows[draw(len(rows), NEIGHBOURHOOD_IMAGES, seed)])
+    @property
+    def ranges(self) -> int:
+        """Of how many ranges of numbers they are."""
+        return int(self.manifest["ranges"]) if self.manifest else 1
 
 
 def main(params: _params.Params) -> None:
     extractor = choose_extractor(params.evaluate)
-    if extractor is None:
-        reason = (
-            f"nothing was measured: {prepare.manifest()['name']} has no labels to train a classifier on, and there are "
-            f"no Inception weights; name the file with evaluate.inception_weights=PATH ({_extractors.INCEPTION_URL})"
-        )
-        log.warning(reason)
-        write(OUT, [], reason)
-        return
-    with _track.run(params) as run:
-        passports = measure(extractor, params.evaluate.seed)
-        write(OUT, passports)
-        log.info("against the training images:\n%s", table(passports))
+    with _track.run(params) as run, replacing_folder(OUT) as out:
+        if extractor is None:
+            reason = (
+                f"nothing was measured: {prepare.manifest()['name']} has no labels to train a classifier on, and there "
+                "are no Inception weights; name the file with evaluate.inception_weights=PATH "
+                f"({_extractors.INCEPTION_URL})"
+            )
+            log.warning(reason)
+            passports: list[Passport] = []
+            findings = [pixel_neighbours(image_sets(params.evaluate.seed))]
+            write(out, [], reason)
+        else:
+            with _ray.cluster(params.runtime):
+                passports, findings = measure(extractor, params)
+            write(out, passports)
+            log.info("against the training images:\n%s", table(passports))
+        illustrate(findings, out, params.evaluate.seed)
         run.metrics({f"eval/{passport['name']}": passport["value"] for passport in passports})
-        run.artifact(OUT / "passports.json", "evaluate")
+        run.artifact(out, "evaluate")
+        run.tables("evaluate/table.json")
 
 
 def write(folder: Path, passports: list[Passport], reason: str | None = None) -> None:
-    """Write metrics.json and passports.json; `reason` says why there are none."""
-    with replacing_folder(folder) as part:
-        write_json(part / "metrics.json", {passport["name"]: passport["value"] for passport in passports})
-        write_json(part / "passports.json", {"reason": reason, "passports": passports})
+    """Write metrics.json, passports.json and table.json into a folder; `reason` says why there are none."""
+    write_json(folder / "metrics.json", {passport["name"]: passport["value"] for passport in passports})
+    write_json(folder / "passports.json", {"reason": reason, "passports": passports})
+    columns, rows = columns_and_rows(passports)
+    write_json(folder / "table.json", {"columns": columns, "data": rows})
+
+
+def illustrate(findings: list[_neighbours.Finding], folder: Path, seed: int) -> None:
+    """Write what was found on neighbours: numbers, pictures and warnings."""
+    x = {kind: each.images for kind, each in image_sets(seed).items() if kind in ("samples", "test")}
+    write_json(folder / "neighbours.json", {finding.space: finding.as_dict() for finding in findings})
+    _neighbours.picture(x, prepare.load("train")[0], findings, folder / "neighbours.png")
+    _neighbours.plot(findings, folder / "distances.png")
+    for finding in findings:
+        finding.warn()
 
 
 def choose_extractor(settings: _params.Evaluate) -> _extractors.Extractor | None:
@@ -127,26 +138,113 @@ def choose_extractor(settings: _params.Evaluate) -> _extractors.Extractor | None
     return _extractors.inception(path)
 
 
-def measure(extractor: _extractors.Extractor, seed: int) -> list[Passport]:
-    """The passports of all metrics of the samples and of the yardsticks."""
-    sets = image_sets(seed)
-    train, _ = prepare.load("train")
-    reference = Reference.of(extractor(train, "train")[extractor.layer("fid")], seed)
-    found = {kind: extractor(each.images, kind) for kind, each in sets.items()}
-    common = provenance(extractor)
-    samples, n = len(sets["samples"].images), len(sets["test"].images)
+def measure(
+    extractor: _extractors.Extractor, params: _params.Params
+) -> tuple[list[Passport], list[_neighbours.Finding]]:
+    """The passports of all metrics of the samples and of the yardsticks, and the samples' neighbours; in a cluster."""
+    seed, sets = params.evaluate.seed, image_sets(params.evaluate.seed)
+    reference, found = all_features(extractor, sets, params)
+    common, width = provenance(extractor), reference.features.shape[1]
+    ranges, n = sets["samples"].ranges, len(sets["test"].images)
+    every = len(sets["samples"].images) // ranges
 
-    passports = []
-    for kind, count, suffix in [("samples", samples, ""), *((kind, n, f".{kind}") for kind in sets)]:
-        layers = {layer: rows[:count] for layer, rows in found[kind].items()}
+    passports: list[Passport] = []
+    for kind, first, count, suffix in judged(ranges, every, n):
+        layers = {layer: rows[first : first + count] for layer, rows in found[kind].items()}
         for score in distances(layers, extractor, reference, seed):
             name = f"{score.metric}_{extractor.short}_{thousands(count)}{suffix}"
-            passports.append(passport(name, score, kind, count, sets[kind], common))
-    views = channel_differences(sets["samples"].images, train)
+            label = suffix.removeprefix(".") or kind
+            passports.append(passport(name, score, label, count, sets[kind], common, first))
+    if ranges > 1:
+        passports += spread(passports, f"_{extractor.short}_{thousands(every)}", every * ranges)
+
+    x, (train, _) = sets["samples"].images, prepare.load("train")
+    views = channel_differences(x, train) + health(x, train)
     if extractor.classes is not None:
         views += class_views(found["samples"], extractor)
-    passports += [passport(score.metric, score, "samples", samples, sets["samples"], common) for score in views]
-    return [{**each, "rank_deficient": each["n"] <= reference.features.shape[1]} for each in passports]
+    findings = [pixel_neighbours(sets), feature_neighbours(found, extractor, reference)]
+    views += [nearness(finding, extractor) for finding in findings]
+    passports += [passport(score.metric, score, "samples", len(x), sets["samples"], common) for score in views]
+    return [{**each, "rank_deficient": each["n"] <= width} for each in passports], findings
+
+
+def judged(ranges: int, every: int, n: int) -> Iterator[tuple[str, int, int, str]]:
+    """What is judged: kind of images, the first one, how many, and what is put behind the metric's name."""
+    yield "samples", 0, every, ""
+    for r in range(1, ranges):
+        yield "samples", r * every, every, f".range_{r + 1}"
+    for kind in ("samples", "test", "blurred", "untrained"):
+        yield kind, 0, n, f".{kind}"
+
+
+def spread(passports: list[Passport], middle: str, n: int) -> list[Passport]:
+    """Mean and standard deviation over the ranges, of each metric that was measured in all."""
+    found: dict[str, list[Passport]] = {}
+    for each in passports:
+        if each["name"] == f"{each['metric']}{middle}" or each["set"].startswith("range_"):
+            found.setdefault(each["metric"], []).append(each)
+    means = []
+    for metric, parts in found.items():
+        values, first = [part["value"] for part in parts], parts[0]
+        means.append(
+            {
+                **first,
+                "name": f"{metric}{middle}.mean",
+                "set": "mean",
+                "value": statistics.fmean(values),
+                "std": statistics.stdev(values),
+                "settings": {**(first["settings"] or {}), "ranges": len(values), "values": values},
+                "seeds": {**first["seeds"], "last": n - 1},
+            }
+        )
+    return means
+
+
+def all_features(
+    extractor: _extractors.Extractor, sets: dict[str, ImageSet], params: _params.Params
+) -> tuple[Reference, dict[str, dict[str, Tensor]]]:
+    """The training images' features, from storage if they are there, and those of all sets, and of some in a mirror."""
+    where = _reference.place(extractor, preprocessing(extractor, prepare.manifest()["shape"]), params.runtime)
+    reference = _reference.read(where, params.evaluate.seed)
+    wanted = {} if reference else {"train": _reference.pictures(params.runtime)}
+    for kind, each in sets.items():
+        pixels = _ray.put(np.ascontiguousarray(each.images))
+        wanted[kind] = _extractors.Pictures(len(each.images), pixels)
+        if kind in ("samples", "test"):
+            queries = min(_neighbours.QUERIES, len(each.images))
+            wanted[f"{kind}_mirrored"] = _extractors.Pictures(queries, pixels, mirrored=True)
+    found = _extractors.extract(extractor, wanted, params.runtime)
+    if reference is None:
+        rows, index = found.pop("train"), _reference.kept(prepare.manifest()["splits"]["train"]["n"])
+        reference = Reference.of(rows.layers[extractor.layer("fid")], params.evaluate.seed, rows.moments, index)
+        _reference.write(where, reference)
+    return reference, {kind: each.layers for kind, each in found.items()}
+
+
+def pixel_neighbours(sets: dict[str, ImageSet]) -> _neighbours.Finding:
+    """The training images nearest to the first samples, and to test images, in pixels."""
+    x, test = (sets[kind].images[: _neighbours.QUERIES] for kind in ("samples", "test"))
+    return _neighbours.in_pixels(x, test, prepare.load("train")[0], _reference.kept(len(prepare.load("train")[0])))
+
+
+def feature_neighbours(
+    found: dict[str, dict[str, Tensor]], extractor: _extractors.Extractor, reference: Reference
+) -> _neighbours.Finding:
+    """The same in features."""
+    layer = extractor.layer("fid")
+    rows = {
+        kind: found[kind][layer][: _neighbours.QUERIES]
+        for kind in ("samples", "samples_mirrored", "test", "test_mirrored")
+    }
+    return _neighbours.in_features(rows, reference.features, reference.index)
+
+
+def nearness(finding: _neighbours.Finding, extractor: _extractors.Extractor) -> Score:
+    """The share of samples that are as near to a training image as few held-out images are."""
+    layer = extractor.layer("fid") if finding.space == "features" else None
+    queries, held_out = len(finding.samples.distance), len(finding.test.distance)
+    settings = {"queries": queries, "held_out": held_out, "nearest": _neighbours.NEAR, "flips": True}
+    return Score(f"near_fraction_{finding.space}", finding.near, None, layer, settings)
 
 
 def image_sets(seed: int) -> dict[str, ImageSet]:
@@ -187,8 +285,10 @@ def provenance(extractor: _extractors.Extractor) -> Passport:
     }
 
 
-def passport(name: str, score: Score, kind: str, n: int, images: ImageSet, common: Passport) -> Passport:
-    """All there is to know of one number, computed from the first n images of a set.
+def passport(
+    name: str, score: Score, kind: str, n: int, images: ImageSet, common: Passport, first: int = 0
+) -> Passport:
+    """All there is to know of one number, computed from n images of a set.
 
     Raises:
         StageError: If it is not finite.
@@ -203,7 +303,7 @@ def passport(name: str, score: Score, kind: str, n: int, images: ImageSet, commo
         "std": score.std,
         "n": n,
         "settings": score.settings,
-        **origin(images, n),
+        **origin(images, n, first),
         **common,
         "extractor": {**common["extractor"], "layer": score.layer} if score.layer else None,
     }
@@ -286,6 +386,38 @@ def channel_differences(x: np.ndarray, data: np.ndarray) -> list[Score]:
     return scores
 
 
+def health(x: np.ndarray, data: np.ndarray) -> list[Score]:
+    """Shares of pixels that are 0 or 255, samples minus data, and of images that show nothing; uint8 (N, C, H, W).
+
+    Clipped to 0 and 255 is what a sampler drives too far; images without contrast are what a broken one ends in.
+    """
+    (black, white, flat), theirs = shares(x), shares(data)
+    scores = [
+        Score("black_difference", black - theirs[0]),
+        Score("white_difference", white - theirs[1]),
+        Score("flat_difference", flat - theirs[2]),
+    ]
+    limits = (TOLERATED_DIFFERENCE, TOLERATED_DIFFERENCE, TOLERATED_FLAT)
+    what = ("pixels that are 0", "pixels that are 255", "images without contrast")
+    for score, limit, words in zip(scores, limits, what, strict=True):
+        if abs(score.value) > limit:
+            log.warning(
+                "%s = %+.3f: the share of %s differs from the data's by more than %g; look at out/samples/grid.png",
+                *(score.metric, score.value, words, limit),
+            )
+    return scores
+
+
+def shares(x: np.ndarray) -> tuple[float, float, float]:
+    """The shares of pixels that are 0, that are 255, and of images whose pixels hardly differ."""
+    counts = np.zeros(3)
+    for first in range(0, len(x), 1000):  # in little memory
+        block = x[first : first + 1000]
+        flat = (block.reshape(len(block), -1) / 255).std(axis=1) <= FLAT
+        counts += (block == 0).sum(), (block == 255).sum(), flat.sum()
+    return float(counts[0] / x.size), float(counts[1] / x.size), float(counts[2] / len(x))
+
+
 def mean_and_std(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation of v / 255 for uint8 values (N, ...), exact and in little memory: by a histogram."""
     blocks = (values[first : first + 1000] for first in range(0, len(values), 1000))
@@ -293,11 +425,6 @@ def mean_and_std(values: np.ndarray) -> tuple[float, float]:
     weights, levels = histogram / histogram.sum(), np.arange(256) / 255
     mean = weights @ levels
     return float(mean), float(np.sqrt(weights @ (levels - mean) ** 2))
-
-
-def draw(n: int, k: int, seed: int) -> np.ndarray:
-    """Sorted numbers of min(n, k) of n rows, without repetition: a data set may be sorted by class."""
-    return np.sort(np.random.default_rng(seed).permutation(n)[:k])
 
 
 def blur_sigma(side: int) -> float:
@@ -317,18 +444,19 @@ def blur(x: np.ndarray) -> np.ndarray:
     return np.rint(blurred).astype(np.uint8)
 
 
-def origin(images: ImageSet, n: int) -> Passport:
-    """Where the first n images of a set come from; what only generated images have is None for real ones."""
+def origin(images: ImageSet, n: int, first: int = 0) -> Passport:
+    """Where n images of a set come from; what only generated images have is None for real ones."""
     if images.manifest is None:
         return {"source": images.source, "seeds": None, "checkpoint": None, "sampler": None, "nfe": None}
     manifest = images.manifest
     return {
         "source": None,
-        "seeds": {"seed": manifest["seed"], "first": 0, "last": n - 1},
+        "seeds": {"seed": manifest["seed"], "first": first, "last": first + n - 1},
         "checkpoint": {
             "sha256": manifest["weights_sha256"],
             "step": manifest["step"],
             "weights": manifest["weights"],
+            "selection": manifest["selection"],
         },
         "sampler": manifest["sampler"],
         "nfe": manifest["nfe"],
@@ -350,15 +478,24 @@ def thousands(n: int) -> str:
 
 def table(passports: list[Passport]) -> str:
     """The metrics of each set, for people."""
-    metrics = ("fid", "is", "kid", "precision", "recall")
+    columns, rows = columns_and_rows(passports)
+    lines = [f"{columns[0]:<10}{columns[1]:>7}" + "".join(f"{name:>11}" for name in columns[2:])]
+    for kind, n, *values in rows:
+        lines.append(f"{kind:<10}{n:>7}" + "".join(f"{value:>11.4g}" for value in values))
+    return "\n".join(lines)
+
+
+def columns_and_rows(passports: list[Passport]) -> tuple[list[str], list[list[Any]]]:
+    """The metrics of each set; with ranges, also their mean and their spread."""
+    found = {each["metric"] for each in passports}
+    metrics = [metric for metric in ("fid", "is", "kid", "precision", "recall") if metric in found]
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for each in passports:
         if each["metric"] in metrics:
             rows.setdefault((each["set"], each["n"]), {})[each["metric"]] = each["value"]
-    lines = [f"{'set':<10}{'n':>7}" + "".join(f"{metric:>11}" for metric in metrics)]
-    for (kind, n), values in rows.items():
-        lines.append(f"{kind:<10}{n:>7}" + "".join(f"{values[metric]:>11.4g}" for metric in metrics))
-    return "\n".join(lines)
+            if each["set"] == "mean":
+                rows.setdefault(("spread", each["n"]), {})[each["metric"]] = each["std"]
+    return ["set", "n", *metrics], [[kind, n, *(row[metric] for metric in metrics)] for (kind, n), row in rows.items()]
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-from tqdm import tqdm
 
-from pipeline import _params, _stage, _track, evaluate, features, prepare, sample, schedule, train
+from pipeline import _neighbours, _params, _stage, _track, evaluate, features, prepare, sample, schedule, train
 from pipeline._pictures import STYLE, grid_picture
 from pipeline._stage import StageError
 from pipeline._store import read_json, write_text
@@ -34,8 +33,6 @@ OUT = Path("out/report.html")
 LOCK = Path("dvc.lock")
 GRID = 100  # images in a grid, as in out/samples/grid.png
 WIDEST = 1400  # pixels of a picture: more would make a large file and show no more
-QUERIES, NEIGHBOURS = 10, 5  # samples whose nearest training images are looked for, and how many of these
-BLOCK = 2**22  # pixel values compared at a time: 16 MB as float32
 WINDOWS = 5  # of the training, each twice as long as the one before
 NAMED_CLASSES = 60  # there is no room for more names below a plot
 METRICS = {"fid": "FID ↓", "is": "IS ↑", "kid": "KID ↓", "precision": "Precision ↑", "recall": "Recall ↑"}
@@ -116,7 +113,8 @@ def complete(run: _track.Run) -> None:
         run.artifact(train.OUT / f"{name}.csv", "train")
     for name in ("grid.png", "denoising.gif"):
         run.artifact(sample.OUT / name, "samples")
-    run.artifact(evaluate.OUT / "passports.json", "evaluate")
+    run.artifact(evaluate.OUT, "evaluate")
+    run.tables("evaluate/table.json")
     run.artifact(OUT)
 
 
@@ -158,10 +156,9 @@ def classifier_view(passports: list[evaluate.Passport], data: dict[str, Any]) ->
 
 
 def neighbours() -> dict[str, Any]:
-    """The first samples, each with its nearest training images, and how near those of real test images are."""
-    x, (data, _), (test, _) = sample.load()[:QUERIES], prepare.load("train"), prepare.load("test")
-    index, distance = nearest(x, data, NEIGHBOURS)
-    _, real = nearest(test[spread(len(test), QUERIES)], data, 1)
+    """The first samples, each with its nearest training images, and how near all are, beside held-out images."""
+    found, (data, _), x = read_json(evaluate.OUT / "neighbours.json"), prepare.load("train"), sample.load()
+    first = found["pixels"]["samples"]
     return {
         "rows": [
             {
@@ -170,35 +167,22 @@ def neighbours() -> dict[str, Any]:
                     {"image": shown(picture(data[i])), "distance": d} for i, d in zip(rows, distances, strict=True)
                 ],
             }
-            for image, rows, distances in zip(x, index, distance.tolist(), strict=True)
+            for image, rows, distances in zip(x, first["index"], first["distance"], strict=False)
         ],
-        "samples": float(np.median(distance[:, 0])),
-        "test": float(np.median(real)),
+        "spaces": {
+            space: {
+                "near": finding["near"],
+                **{
+                    kind: {"n": len(finding[kind]["nearest"]), "median": float(np.median(finding[kind]["nearest"]))}
+                    for kind in ("samples", "test")
+                },
+            }
+            for space, finding in found.items()
+        },
+        "expected": _neighbours.NEAR,
+        "suspicious": _neighbours.SUSPICIOUS,
+        "plot": data_uri((evaluate.OUT / "distances.png").read_bytes(), "image/png"),
     }
-
-
-def nearest(x: np.ndarray, data: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k images of a data set that are nearest to each image in Euclidean distance, pixels in [0, 1].
-
-    The data is read in blocks; sums of squares are exact, so equal images have distance 0 and ties go by number.
-
-    Args:
-        x: uint8, (Q, C, H, W).
-        data: uint8, (N, C, H, W).
-        k: How many; all if the data has fewer.
-
-    Returns:
-        Row numbers of the data and distances, nearest first, each (Q, min(k, N)).
-    """
-    queries = x.reshape(len(x), -1).astype(np.float32)
-    squares = np.empty((len(x), len(data)))
-    size = max(1, BLOCK // queries.shape[1])
-    for first in tqdm(range(0, len(data), size), unit="block", desc="nearest neighbours"):
-        block = data[first : first + size].reshape(-1, queries.shape[1]).astype(np.float32)
-        for row, query in zip(squares, queries, strict=True):
-            row[first : first + size] = np.square(block - query).sum(axis=1, dtype=np.float64)
-    index = np.argsort(squares, axis=1, kind="stable")[:, :k]
-    return index, np.sqrt(np.take_along_axis(squares, index, axis=1)) / 255
 
 
 def spread(n: int, k: int) -> np.ndarray:

@@ -41,7 +41,8 @@ def main(params: _params.Params, *, verify: int | None = None) -> None:
         with replacing_folder(OUT) as out:
             for kind, order in orders.items():
                 ranges = params.sample.ranges if kind == "ema" else 1
-                _shards.publish(order, params.runtime, out / kind, {"n": order.n // ranges, "ranges": ranges})
+                about = {"n": order.n // ranges, "ranges": ranges, "selection": None}
+                _shards.publish(order, params.runtime, out / kind, about)
             picture = grid_picture(torch.from_numpy(load(out / "ema")[:100]), columns=10)
             save_png(picture, out / "grid.png")
             save_gif(frames["ema"], 5, out / "denoising.gif")

@@ -26,7 +26,10 @@ class Recorder:
         self.values |= values
 
     def artifact(self, path: Path, folder: str) -> None:
-        self.files.append(path)
+        self.files += sorted(Path(folder, file.name) for file in (path.iterdir() if path.is_dir() else [path]))
+
+    def tables(self, *paths: str) -> None:
+        assert {Path(path) for path in paths} <= set(self.files)
 
 
 class Pictures(torch.utils.data.Dataset[torch.Tensor]):

@@ -43,6 +43,7 @@ def make(workdir: Path, common: evaluate.Passport) -> Make:
         manifest = {
             "seed": 0,
             "weights": "ema",
+            "selection": None,
             "weights_sha256": WEIGHTS,
             "step": 600,
             "sampler": {"name": "annealed_langevin", "L": 4, "epsilon": 1e-5, "denoise": True},
@@ -67,6 +68,7 @@ def make(workdir: Path, common: evaluate.Passport) -> Make:
                     within = within[group]
                 within[last] = value
         folder = Path(name) / evaluate.OUT
+        folder.mkdir(parents=True)
         evaluate.write(folder, passports)
         return folder
 
@@ -244,6 +246,7 @@ def test_a_file_of_another_kind_is_an_error(make: Make, run: Callable[..., str],
     (workdir / "binary").write_bytes(b"\xff\x00")
     (workdir / "list.json").write_text("[1]")
     write_json(workdir / "entries.json", {"passports": [1], "reason": None})
+    Path("none").mkdir()
     evaluate.write(Path("none"), [], "nothing was measured: no labels")
     (workdir / "empty").mkdir()
     for given, message in {

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from pipeline import _extractors, evaluate, features, prepare, sample
+from ncsn.metrics import Moments, frechet_distance
+from pipeline import _extractors, _reference, evaluate, features, prepare, s3, sample
 from pipeline._params import Evaluate, Params
 from pipeline._stage import StageError
-from pipeline._store import read_json, sha256, write_json
+from pipeline._store import read_json, sha256, store, write_json
 from tests.pipeline.doubles import Pictures, Recorder
 
 Compose = Callable[..., Params]
@@ -21,7 +23,7 @@ Passports = dict[str, dict[str, Any]]
 N, N_UNTRAINED = 200, 50
 
 
-def write_samples(kind: str, x: np.ndarray, *, size: int = 60) -> None:
+def write_samples(kind: str, x: np.ndarray, *, size: int = 60, ranges: int = 1) -> None:
     """Shards and a manifest as the stage `sample` writes them."""
     folder = sample.OUT / kind
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +34,9 @@ def write_samples(kind: str, x: np.ndarray, *, size: int = 60) -> None:
         np.save(folder / name, block)
         shards.append({"file": name, "first": first, "last": first + len(block) - 1, "sha256": sha256(folder / name)})
     content = {
-        "n": len(x),
+        "n": len(x) // ranges,
+        "ranges": ranges,
+        "selection": None,
         "shape": list(x.shape[1:]),
         "seed": 7,
         "weights": "ema" if kind == "ema" else "initial",
@@ -80,7 +84,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, compose_params: Compose) ->
         prepare.main(params)
         features.main(replace(params, features=replace(params.features, steps=150)))
         train = prepare.load("train")[0]
-        write_samples("ema", noisy(train[:N], 20, 0))
+        write_samples("ema", noisy(train[: 2 * N], 20, 0), ranges=2)
         write_samples("untrained", noisy(np.zeros_like(train[:N_UNTRAINED]), 128, 1))
         evaluate.main(params)
         logger.setLevel(logging.NOTSET)
@@ -102,15 +106,19 @@ def test_metrics_are_the_passports_numbers(passports: Passports, judged: Judged)
     assert metrics == {name: passport["value"] for name, passport in passports.items()}
     logged = {name: value for name, value in judged.recorder.values.items() if name.startswith("eval/")}
     assert logged == {f"eval/{name}": value for name, value in metrics.items()}
-    assert judged.recorder.files == [evaluate.OUT / "passports.json"]
-    expected = {f"{metric}_digits_{N}" for metric in ("fid", "is", "kid", "precision", "recall")}
+    expected = {
+        f"{metric}_digits_{N}{suffix}"
+        for metric in ("fid", "is", "kid", "precision", "recall")
+        for suffix in ("", ".range_2", ".mean")
+    }
     expected |= {
         f"{metric}_digits_{N_UNTRAINED}.{kind}"
         for metric in ("fid", "is", "kid", "precision", "recall")
         for kind in ("samples", "test", "blurred", "untrained")
     }
     expected |= {f"share_{digit}" for digit in range(10)}
-    assert set(metrics) == expected | {"confident_fraction", "mean_difference", "std_difference"}
+    expected |= {f"{what}_difference" for what in ("mean", "std", "black", "white", "flat")}
+    assert set(metrics) == expected | {"confident_fraction", "near_fraction_pixels", "near_fraction_features"}
 
 
 def test_yardsticks_are_in_order(passports: Passports) -> None:
@@ -132,7 +140,7 @@ def test_fewer_images_have_a_larger_fid(passports: Passports) -> None:
 
 def test_agrees_with_torch_fidelity_on_the_same_images(passports: Passports) -> None:
     extractor = _extractors.classifier()
-    train, samples = prepare.load("train")[0], sample.load(sample.OUT / "ema")
+    train, samples = prepare.load("train")[0], sample.load(sample.OUT / "ema")[:N]
     library = torch_fidelity.calculate_metrics(
         input1=Pictures(samples),
         input2=Pictures(train),
@@ -155,16 +163,19 @@ def test_agrees_with_torch_fidelity_on_the_same_images(passports: Passports) -> 
     ours = {metric: passports[f"{metric}_digits_{N}"] for metric in ("fid", "is", "kid", "precision", "recall")}
     # The library averages in float32, which costs it the last digits of the mean: 1e-6 holds nevertheless.
     assert ours["fid"]["value"] == pytest.approx(library[torch_fidelity.KEY_METRIC_FID], rel=1e-6)
-    assert ours["is"]["value"] == pytest.approx(library[torch_fidelity.KEY_METRIC_ISC_MEAN], rel=1e-12)
-    assert ours["is"]["std"] == pytest.approx(library[torch_fidelity.KEY_METRIC_ISC_STD], rel=1e-9)
-    assert ours["kid"]["value"] == pytest.approx(library[torch_fidelity.KEY_METRIC_KID_MEAN], rel=1e-9)
-    assert ours["kid"]["std"] == pytest.approx(library[torch_fidelity.KEY_METRIC_KID_STD], rel=1e-9)
+    # The classifier saw these images in other batches, whose float32 sums differ.
+    assert ours["is"]["value"] == pytest.approx(library[torch_fidelity.KEY_METRIC_ISC_MEAN], rel=1e-6)
+    assert ours["is"]["std"] == pytest.approx(library[torch_fidelity.KEY_METRIC_ISC_STD], rel=1e-6)
+    assert ours["kid"]["value"] == pytest.approx(library[torch_fidelity.KEY_METRIC_KID_MEAN], rel=1e-6)
+    assert ours["kid"]["std"] == pytest.approx(library[torch_fidelity.KEY_METRIC_KID_STD], rel=1e-6)
     assert ours["precision"]["value"] == library[torch_fidelity.KEY_METRIC_PRECISION]
     assert ours["recall"]["value"] == library[torch_fidelity.KEY_METRIC_RECALL]
     # Fed with float64 features, the library and we agree to more digits.
-    a, b = (extractor(x, "x")["features"].double() for x in (samples, train))
+    a, b = (extractor.open()(x)["features"].double() for x in (samples, train))
     exact = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
-    assert ours["fid"]["value"] == pytest.approx(exact[torch_fidelity.KEY_METRIC_FID], rel=1e-9)
+    exactly = frechet_distance(Moments.of(a), Moments.of(b))
+    assert exactly == pytest.approx(exact[torch_fidelity.KEY_METRIC_FID], rel=1e-9)
+    assert ours["fid"]["value"] == pytest.approx(exactly, rel=1e-6)
 
 
 def test_a_passport_says_everything(passports: Passports) -> None:
@@ -180,7 +191,7 @@ def test_a_passport_says_everything(passports: Passports) -> None:
         "settings": {"kid_subsets": 100, "kid_subset_size": N, "seed": 0},
         "source": None,
         "seeds": {"seed": 7, "first": 0, "last": N - 1},
-        "checkpoint": {"sha256": "ema" * 8, "step": 600, "weights": "ema"},
+        "checkpoint": {"sha256": "ema" * 8, "step": 600, "weights": "ema", "selection": None},
         "sampler": sample.manifest(sample.OUT / "ema")["sampler"],
         "nfe": 21,
         "reference": {
@@ -217,29 +228,109 @@ def test_class_shares(passports: Passports) -> None:
 
 def test_the_table_has_a_line_for_each_set(judged: Judged) -> None:
     start = judged.text.index("set ")
-    lines = [line.split() for line in judged.text[start:].splitlines()]
+    lines = [line.split() for line in judged.text[start:].splitlines()][:9]
     assert [line[:2] for line in lines] == [
         ["set", "n"],
         ["samples", str(N)],
+        ["range_2", str(N)],
         *([kind, str(N_UNTRAINED)] for kind in ("samples", "test", "blurred", "untrained")),
+        ["mean", str(N)],
+        ["spread", str(N)],
     ]
     assert all(len(line) == 7 for line in lines)
+
+
+def test_ranges_are_judged_each_and_together(passports: Passports) -> None:
+    extractor, rows = _extractors.classifier(), _extractors.classifier().open()(prepare.load("train")[0])["features"]
+    second = extractor.open()(sample.load()[N:])["features"]
+    expected = frechet_distance(Moments.of(second), Moments.of(rows))
+    name = f"fid_digits_{N}"
+    one, two, mean = (passports[f"{name}{suffix}"] for suffix in ("", ".range_2", ".mean"))
+    assert two["value"] == pytest.approx(expected, rel=1e-6)
+    assert (one["seeds"]["first"], one["seeds"]["last"]) == (0, N - 1)
+    assert (two["seeds"]["first"], two["seeds"]["last"]) == (N, 2 * N - 1)
+    assert (mean["seeds"]["first"], mean["seeds"]["last"]) == (0, 2 * N - 1)
+    assert mean["value"] == pytest.approx((one["value"] + two["value"]) / 2)
+    assert mean["std"] == pytest.approx(abs(one["value"] - two["value"]) / 2**0.5)
+    assert mean["settings"] == {"ranges": 2, "values": [one["value"], two["value"]]}
+    assert (mean["n"], two["set"], mean["set"]) == (N, "range_2", "mean")
+
+
+def test_training_features_are_kept_and_used_again(
+    passports: Passports, compose_params: Compose, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime, extractor = compose_params().runtime, _extractors.classifier()
+    where = _reference.place(extractor, evaluate.preprocessing(extractor, [1, 8, 8]), runtime)
+    found = _reference.read(where, 0)
+    assert found is not None
+    rows = extractor.open()(prepare.load("train")[0])["features"]
+    assert torch.equal(found.features, rows)
+    torch.testing.assert_close(found.moments.cov, Moments.of(rows).cov, rtol=1e-9, atol=1e-12)
+    assert found.index.tolist() == list(range(len(rows)))
+    content = where.read(_reference.FEATURES)
+    where.write(_reference.FEATURES, content[:-1] + bytes([content[-1] ^ 1]))
+    assert _reference.read(where, 0) is None
+    assert "are damaged and computed anew" in caplog.text
+    _reference.write(where, found)
+    assert _reference.read(where, 0) is not None
+    where.remove(_reference.META)
+    assert _reference.read(where, 0) is None
+    _reference.write(where, found)
+    other = replace(extractor, sha256="0" * 64)
+    assert _reference.place(other, "x", runtime) != _reference.place(extractor, "x", runtime)
+    assert _reference.place(extractor, "y", runtime) != _reference.place(extractor, "x", runtime)
+
+
+def test_training_features_are_kept_on_s3(passports: Passports, on_s3: Any) -> None:
+    where = store(s3.STORAGE) / "reference"
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    _reference.write(where, _reference.Reference.of(rows, 3))
+    found = _reference.read(where, 3)
+    assert found is not None
+    assert torch.equal(found.features, rows)
+    assert torch.equal(found.moments.scatter, Moments.of(rows).scatter)
+
+
+def test_what_is_written_about_neighbours(passports: Passports) -> None:
+    found = read_json(evaluate.OUT / "neighbours.json")
+    assert set(found) == {"pixels", "features"}
+    for space, finding in found.items():
+        assert passports[f"near_fraction_{space}"]["value"] == finding["near"]
+        assert len(finding["samples"]["nearest"]) == 2 * N
+    # the samples are training images with a little noise
+    assert passports["near_fraction_pixels"]["value"] > 0.05
+    assert found["pixels"]["samples"]["index"][3][0] == 3
+    for name in ("neighbours", "distances"):
+        assert Image.open(evaluate.OUT / f"{name}.png").width > 500
+    table = read_json(evaluate.OUT / "table.json")
+    assert table["columns"][:3] == ["set", "n", "fid"]
+    assert ["samples", N, passports[f"fid_digits_{N}"]["value"]] == table["data"][0][:3]
+
+
+@pytest.mark.usefixtures("passports")
+def test_identical_sets_have_no_distance() -> None:
+    extractor = _extractors.classifier()
+    layers = extractor.open()(prepare.load("train")[0])
+    same = evaluate.distances(layers, extractor, _reference.Reference.of(layers["features"], 0), 0)
+    values = {score.metric: score.value for score in same}
+    assert 0 <= values["fid"] < 1e-3
+    assert values["kid"] < 1e-3  # an unbiased estimate: below 0, as an image is no stranger to itself
+    assert values["precision"] == values["recall"] == 1
 
 
 @pytest.mark.usefixtures("passports")
 def test_few_images_are_judged_too() -> None:
     extractor = _extractors.classifier()
-    rows = extractor(prepare.load("train")[0], "train")
+    rows = extractor.open()(prepare.load("train")[0])
     few = {layer: values[: evaluate.LEAST_IMAGES] for layer, values in rows.items()}
-    scores = evaluate.distances(few, extractor, evaluate.Reference.of(rows["features"], 0), 0)
+    scores = evaluate.distances(few, extractor, _reference.Reference.of(rows["features"], 0), 0)
     assert all(np.isfinite(score.value) for score in scores)
 
 
 @pytest.mark.usefixtures("passports")
-def test_a_number_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "frechet_distance", lambda a, b: float("nan"))
-    with pytest.raises(StageError, match=f"fid_digits_{N} is nan: expected a finite number"):
-        evaluate.measure(_extractors.classifier(), 0)
+def test_a_number_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(StageError, match=r"fid_x is nan: expected a finite number; look at the images of the set 'a'"):
+        evaluate.passport("fid_x", evaluate.Score("fid", float("nan")), "a", 9, evaluate.ImageSet(np.empty(0)), {})
 
 
 @pytest.mark.usefixtures("passports")
@@ -264,6 +355,9 @@ def unlabelled(workdir: Path, compose_params: Compose, monkeypatch: pytest.Monke
     params = compose_params("data=patches", "data.resolution=64")
     prepare.main(params)
     features.main(params)
+    data = prepare.load("train")[0]
+    write_samples("ema", noisy(data[:20], 20, 0))
+    write_samples("untrained", noisy(data[:20], 128, 0))
     return params
 
 
@@ -276,6 +370,7 @@ def test_without_labels_and_inception_it_says_so(unlabelled: Params, caplog: pyt
     assert content["reason"].startswith("nothing was measured: patches has no labels to train a classifier on")
     assert "evaluate.inception_weights=PATH" in content["reason"]
     assert content["reason"] in caplog.text
+    assert set(read_json(evaluate.OUT / "neighbours.json")) == {"pixels"}
 
 
 @pytest.mark.usefixtures("unlabelled")
@@ -318,6 +413,25 @@ def test_tones_that_differ_are_warned_of(caplog: pytest.LogCaptureFixture) -> No
     assert "mean_difference_green = +0.200: more than 0.05" in caplog.text
 
 
+def test_saturated_and_flat_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    data = np.random.default_rng(0).integers(1, 255, (2500, 1, 4, 4), dtype=np.uint8)
+    x = data.copy()
+    x[:, :, 0, 0] = 255
+    x[:100] = 7
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        scores = {score.metric: score.value for score in evaluate.health(x, data)}
+    assert scores == {
+        "black_difference": 0,
+        "white_difference": pytest.approx(2400 / 2500 / 16),
+        "flat_difference": pytest.approx(100 / 2500),
+    }
+    assert "white_difference = +0.060: the share of pixels that are 255 differs from the data's by more than 0.05" in (
+        caplog.text
+    )
+    assert "flat_difference = +0.040: the share of images without contrast" in caplog.text
+    assert "black" not in caplog.text
+
+
 def test_mean_and_deviation_are_numpys() -> None:
     x = np.random.default_rng(0).integers(0, 256, (2500, 3, 3), dtype=np.uint8)
     assert evaluate.mean_and_std(x) == pytest.approx((np.mean(x / 255), np.std(x / 255)), rel=1e-12)
@@ -335,11 +449,11 @@ def test_the_blur_keeps_flat_images_and_flattens_others() -> None:
 
 
 def test_drawn_rows_are_distinct_and_the_seeds() -> None:
-    rows = evaluate.draw(100, 30, 3)
+    rows = _reference.draw(100, 30, 3)
     assert len(set(rows.tolist())) == 30
-    np.testing.assert_array_equal(rows, evaluate.draw(100, 30, 3))
-    assert rows.tolist() != evaluate.draw(100, 30, 4).tolist()
-    assert evaluate.draw(5, 30, 0).tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(rows, _reference.draw(100, 30, 3))
+    assert rows.tolist() != _reference.draw(100, 30, 4).tolist()
+    assert _reference.draw(5, 30, 0).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_names() -> None:

@@ -61,6 +61,9 @@ class Recorder:
         assert path.exists()
         self.values[str(path)] = folder
 
+    def tables(self, *paths: str) -> None:
+        self.values["tables"] = paths
+
     def finish(self) -> None:
         self.values["finished"] = True
 
@@ -111,6 +114,8 @@ def write_samples() -> None:
             shard = {"file": "shard.npy", "first": 0, "last": len(x) - 1, "sha256": sha256(out / kind / "shard.npy")}
             content = {
                 "n": len(x),
+                "ranges": 1,
+                "selection": None,
                 "shape": list(x.shape[1:]),
                 "seed": 7,
                 "weights": "ema" if kind == "ema" else "initial",
@@ -150,9 +155,16 @@ def write_features() -> None:
 
 def write_evaluation() -> None:
     data = prepare.manifest()
-    if data["classes"] is None:
-        evaluate.write(evaluate.OUT, [], f"nothing was measured: {data['name']} has no labels")
-        return
+    with replacing_folder(evaluate.OUT) as out:
+        if data["classes"] is None:
+            evaluate.write(out, [], f"nothing was measured: {data['name']} has no labels")
+        else:
+            evaluate.write(out, judged(data))
+        finding = evaluate.pixel_neighbours(evaluate.image_sets(0))
+        evaluate.illustrate([finding], out, 0)
+
+
+def judged(data: dict[str, Any]) -> list[evaluate.Passport]:
     extractor = _extractors.Extractor(
         f"{data['name']}-classifier", Path("unused"), "c" * 64, test_accuracy=0.9861, classes=data["classes"]
     )
@@ -188,7 +200,7 @@ def write_evaluation() -> None:
         *evaluate.class_views({"logits": logits}, evaluate_extractor(extractor)),
     ]
     passports += [evaluate.passport(score.metric, score, "samples", N, sets["samples"], common) for score in views]
-    evaluate.write(evaluate.OUT, [{**each, "rank_deficient": each["n"] <= 64} for each in passports])
+    return [{**each, "rank_deficient": each["n"] <= 64} for each in passports]
 
 
 def evaluate_extractor(extractor: _extractors.Extractor) -> _extractors.Extractor:
@@ -249,7 +261,7 @@ def test_all_sections_are_there(page: str) -> None:
         "Versions and hashes",
         "Passports",
     ]
-    assert page.count("<img") == 7 + 10 * 6  # two grids, animation, shares, three plots; the neighbours
+    assert page.count("<img") == 8 + 10 * 6  # two grids, animation, shares, four plots; the neighbours
     assert page.count("<details") == page.count("</details>") == 3
 
 
@@ -356,21 +368,6 @@ def test_a_missing_output_is_named(params: Params, workdir: Path, monkeypatch: p
     with pytest.raises(StageError, match=r"out/schedule/schedule.json does not exist: write it with `dvc repro"):
         report.main(params)
     assert not report.OUT.exists()
-
-
-def test_nearest_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    data, x = (rng.integers(0, 256, (n, 3, 4, 4), dtype=np.uint8) for n in (50, 7))
-    data[[31, 8]] = x[2]  # twice the same: the first comes first
-    monkeypatch.setattr(report, "BLOCK", 48 * 9)
-    index, distance = report.nearest(x, data, 5)
-    difference = x[:, None].astype(float) / 255 - data[None].astype(float) / 255
-    expected = np.sqrt(np.square(difference).sum(axis=(2, 3, 4)))
-    np.testing.assert_array_equal(index, np.argsort(expected, axis=1, kind="stable")[:, :5])
-    np.testing.assert_allclose(distance, np.sort(expected, axis=1)[:, :5], rtol=1e-12)
-    assert index[2, :2].tolist() == [8, 31]
-    assert distance[2, :2].tolist() == [0, 0]
-    assert report.nearest(x, data[:3], 5)[0].shape == (7, 3)
 
 
 def test_short_curves_can_be_drawn(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
