@@ -71,6 +71,24 @@ def given_sigmas(values: Sequence[float] | Tensor) -> Tensor:
     return sigmas
 
 
+def refined(sigmas: Sequence[float] | Tensor, steps: int) -> Tensor:
+    """The ladder with steps - 1 levels more between neighbours, in geometric progression: (L - 1) steps + 1 levels.
+
+    Args:
+        sigmas: Noise levels, shape (L,), strictly decreasing.
+        steps: From each level to the next, >= 1.
+
+    Raises:
+        ValueError: If the levels do not strictly decrease or steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1, got {steps}")
+    logs = given_sigmas(sigmas).log()
+    part = torch.arange(steps, dtype=torch.float64) / steps
+    between = logs[:-1, None] + (logs[1:] - logs[:-1])[:, None] * part
+    return torch.cat([between.flatten(), logs[-1:]]).exp()
+
+
 def langevin_step_sizes(sigmas: Tensor, epsilon: float) -> Tensor:
     """Step size of each level, alpha_i = epsilon (sigma_i / sigma_L)^2, shape and dtype of `sigmas`.
 

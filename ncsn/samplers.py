@@ -9,6 +9,7 @@ there is none the result, is projected too. `inpainting` and `colourisation` mak
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -114,6 +115,68 @@ def annealed_langevin(
         x = _steps(score, x, sigma, numbers, step_rule, noise, project, observe)
     if project is not None:
         x = project(x, sigma, numbers[-1])
+    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+
+
+@torch.no_grad()
+def consistent_annealed_langevin(
+    score: Score,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    epsilon: float,
+    denoise: bool = True,
+    noise: Noise = torch_noise,
+    project: Project | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Draw samples by consistent annealed sampling (arXiv:2009.05475, Algorithm 2).
+
+    Once for each i < L, with eta = epsilon / sigma_L^2:
+
+        x <- x + eta sigma_i^2 s(x, sigma_i) + beta_i sigma_{i+1} z,  beta_i^2 = 1 - ((1 - eta) sigma_i / sigma_{i+1})^2
+
+    The step takes away the share eta of the noise that is in x, (1 - eta) sigma_i is left, and z fills it up to
+    sigma_{i+1}: if x starts as data plus sigma_1 z, it is at the noise level that the score is told at each step, which
+    with annealed Langevin dynamics it never quite is. At the end, with `denoise`: x <- x + sigma_L^2 s(x, sigma_L).
+
+    Args:
+        score: s(x, sigma).
+        x: Start at noise level sigma_1, shape (B, ...).
+        sigmas: Noise levels, shape (L,), strictly decreasing, pixel units; more steps are more levels, `noise.refined`.
+        epsilon: Step size at the last level, pixel units squared; sigma_L^2 eta with 1 - sigma_{i+1} / sigma_i <= eta
+            <= 1 for all i. At the lower end no noise is added, at the upper end all of it is new.
+        denoise: Take the final denoising step.
+        noise: Standard normal values, see the module.
+        project: Puts in what is known, see the module.
+        observe: Watches, is told the level that x has come to; must not change x.
+
+    Returns:
+        Samples, shape and dtype of x. They are not clamped to [0, 1].
+
+    Raises:
+        ValueError: If the levels do not strictly decrease or epsilon is out of that range.
+    """
+    levels = given_sigmas(sigmas).tolist()
+    eta = epsilon / levels[-1] ** 2
+    least = 1 - min(following / sigma for sigma, following in pairwise(levels))
+    if not least * (1 - 1e-9) <= eta <= 1 + 1e-9:
+        square = levels[-1] ** 2
+        raise ValueError(
+            f"expected epsilon from {least * square:.4g} to {square:.4g} for these levels (a share of sigma_L^2 from "
+            f"{least:.4g} to 1), got {epsilon:.4g}; more levels lower the first of these"
+        )
+    for step, (sigma, following) in enumerate(pairwise(levels)):
+        if project is not None:
+            x = project(x, sigma, step)
+        beta = max(0.0, 1 - ((1 - eta) * sigma / following) ** 2) ** 0.5
+        s, z = score(x, _level(x, sigma)).to(x.dtype), noise(x, step)
+        x = x + eta * sigma**2 * s + beta * following * z
+        if observe is not None:
+            observe(x, step, following)
+    sigma = levels[-1]
+    if project is not None:
+        x = project(x, sigma, len(levels) - 1)
     return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
 
 

@@ -142,7 +142,7 @@ def picture(x: dict[str, np.ndarray], data: np.ndarray, findings: list[Finding],
     kinds = {"samples": "samples", "test": "held-out images"}
     rows = {kind: min(SHOWN, len(x[kind])) for kind in kinds}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + 2.4 * len(kinds) * len(findings), 0.62 * max(rows.values()) + 0.9))
+        figure = Figure(figsize=(2.7 * len(kinds) * len(findings), 0.53 * max(rows.values()) + 0.4))
         plates = figure.subplots(1, len(kinds) * len(findings), squeeze=False)[0]
         for k, (kind, title) in enumerate(kinds.items()):
             for j, finding in enumerate(findings):
@@ -151,7 +151,7 @@ def picture(x: dict[str, np.ndarray], data: np.ndarray, findings: list[Finding],
                 axes = plates[k * len(findings) + j]
                 show(axes, tiles, found.distance[:, :COLUMNS])
                 axes.set_title(f"{title}, nearest in {finding.space}", fontsize=8)
-        figure.subplots_adjust(0.01, 0.02, 0.99, 0.92, wspace=0.06)
+        figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.05)
         figure.savefig(path, dpi=130)
 
 

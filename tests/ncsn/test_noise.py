@@ -221,3 +221,17 @@ def test_variance_ratio_of_the_published_step_sizes(sigma_1, L, T, epsilon, rati
     sigmas = noise.geometric_sigmas(sigma_1, 0.01, L)
     u = torch.tensor(epsilon / 0.01**2, dtype=torch.float64)
     assert noise.variance_ratio(u, float(sigmas[0] / sigmas[1]), T).item() == pytest.approx(ratio, abs=5.1e-5)
+
+
+def test_refined_ladders_have_steps_between():
+    sigmas = noise.linear_sigmas(1, 0.1, 4)
+    torch.testing.assert_close(noise.refined(sigmas, 1), sigmas)
+    fine = noise.refined(sigmas, 5)
+    assert len(fine) == 16
+    torch.testing.assert_close(fine[::5], sigmas.double())
+    ratios = (fine[1:] / fine[:-1]).view(3, 5)
+    torch.testing.assert_close(ratios, ratios[:, :1].expand(-1, 5))
+    geometric = noise.geometric_sigmas(50, 0.01, 24)
+    torch.testing.assert_close(noise.refined(geometric, 10), noise.geometric_sigmas(50, 0.01, 231))
+    with pytest.raises(ValueError, match="expected steps >= 1, got 0"):
+        noise.refined(sigmas, 0)

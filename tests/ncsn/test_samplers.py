@@ -377,3 +377,105 @@ def test_bad_arguments_are_named():
         samplers.inpainting(x, torch.ones(2, 3), samplers.torch_noise)
     with pytest.raises(ValueError, match="steps_per_draw >= 1, got 0"):
         samplers.colourisation(x, samplers.torch_noise, steps_per_draw=0)
+
+
+def _point(x, sigma):
+    """The score of a single point, 0.4 in all pixels."""
+    return (0.4 - x) / sigma.view(-1, 1, 1, 1) ** 2
+
+
+@pytest.mark.parametrize("eta", [0.5, 0.8, 1.0])
+def test_consistent_chains_are_at_the_level_that_the_score_is_told(eta):
+    sigmas, index = noise.geometric_sigmas(10, 0.1, 8), torch.arange(200)
+    seen = {}
+    x = samplers.consistent_annealed_langevin(
+        _point,
+        random.noisy_images(3, index, torch.full((200, 1, 8, 8), 0.4), 10.0),
+        sigmas,
+        epsilon=eta * 0.1**2,
+        denoise=False,
+        noise=random.seeded_noise(3, index),
+        observe=lambda x, step, sigma: seen.update({sigma: float((x - 0.4).std())}),
+    )
+    assert list(seen) == pytest.approx(sigmas[1:].tolist())
+    for sigma, std in seen.items():  # 12,800 values
+        assert std == pytest.approx(sigma, rel=5 / math.sqrt(2 * 12_800))
+    assert float((x - 0.4).std()) == pytest.approx(0.1, rel=5 / math.sqrt(2 * 12_800))
+    langevin = []
+    samplers.annealed_langevin(
+        _point,
+        random.noisy_images(3, index, torch.full((200, 1, 8, 8), 0.4), 10.0),
+        sigmas,
+        epsilon=0.5 * 0.1**2,
+        steps_per_level=1,
+        noise=random.seeded_noise(3, index),
+        observe=lambda x, step, sigma: langevin.append(float((x - 0.4).std()) / sigma),
+    )
+    assert min(langevin) > 1.05  # always above: what noise is left, and as much as for a longer stay
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.3])
+def test_consistent_chains_on_gaussian_data_follow_the_exact_recursion(eta):
+    """Of data with deviation 1 they lose eta / 2 of the variance, by the size of a step; of a point nothing."""
+    data = Mixture(torch.tensor([1.0]), torch.zeros(1, 2), 1.0)
+    sigmas, index = noise.refined(noise.geometric_sigmas(20, 0.05, 10), 8), torch.arange(20_000)
+    first = random.normal(1, random.START, index, 1, (2,))
+    seen = []
+    samplers.consistent_annealed_langevin(
+        data.score,
+        random.noisy_images(1, index, first, 20.0),
+        sigmas,
+        epsilon=eta * 0.05**2,
+        noise=random.seeded_noise(1, index),
+        observe=lambda x, step, sigma: seen.append(float(x.var())),
+    )
+    variance, levels = 1 + 20.0**2, sigmas.tolist()
+    for sigma, following, found in zip(levels, levels[1:], seen, strict=False):
+        kept = 1 - eta * sigma**2 / (1 + sigma**2)
+        variance = kept**2 * variance + following**2 - ((1 - eta) * sigma) ** 2
+        assert found == pytest.approx(variance, rel=5 * math.sqrt(2 / 40_000))
+    assert variance == pytest.approx(1 - eta / 2, rel=0.03)
+
+
+def test_consistent_sampling_keeps_what_is_known_and_counts_its_steps():
+    sigmas, index = noise.geometric_sigmas(1, 0.1, 5), torch.arange(3)
+    calls, projected = [], []
+
+    def score(x, sigma):
+        calls.append(float(sigma[0]))
+        return _point(x, sigma)
+
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[..., :2] = True
+    reference = torch.rand(3, 1, 4, 4)
+    known = samplers.inpainting(reference, mask, random.seeded_noise(0, index, random.KNOWN))
+
+    def project(x, sigma, step):
+        projected.append((round(sigma, 6), step))
+        return known(x, sigma, step)
+
+    x = samplers.consistent_annealed_langevin(
+        score,
+        torch.rand(3, 1, 4, 4),
+        sigmas,
+        epsilon=0.9 * 0.01,
+        denoise=False,
+        noise=random.seeded_noise(0, index),
+        project=project,
+    )
+    z = random.seeded_noise(0, index, random.KNOWN)(x, 4)
+    assert torch.allclose(x[..., :2], (reference + 0.1 * z)[..., :2])
+    assert len(calls) == 4
+    assert projected == [(round(float(sigma), 6), step) for step, sigma in enumerate(sigmas)]
+
+
+def test_steps_that_cannot_keep_the_level_are_refused():
+    sigmas = noise.geometric_sigmas(1, 0.1, 5)
+    share = 1 - 0.1**0.25
+    for epsilon in (0.9 * share * 0.01, 1.1 * 0.01):
+        with pytest.raises(ValueError, match=rf"expected epsilon from {share * 0.01:.4g} to 0.01 for these levels"):
+            samplers.consistent_annealed_langevin(_point, torch.rand(1, 1, 2, 2), sigmas, epsilon=epsilon)
+    edge = samplers.consistent_annealed_langevin(
+        _point, torch.rand(1, 1, 2, 2), sigmas, epsilon=share * 0.01, noise=lambda x, step: torch.full_like(x, 1e3)
+    )
+    assert (edge - 0.4).abs().max() < 1e-3  # no noise comes in

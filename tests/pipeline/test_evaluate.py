@@ -425,11 +425,14 @@ def test_saturated_and_flat_images_are_warned_of(caplog: pytest.LogCaptureFixtur
         "white_difference": pytest.approx(2400 / 2500 / 16),
         "flat_difference": pytest.approx(100 / 2500),
     }
-    assert "white_difference = +0.060: the share of pixels that are 255 differs from the data's by more than 0.05" in (
+    assert "white_difference = +0.060: the share of pixels that are 255 exceeds the data's by more than 0.05" in (
         caplog.text
     )
     assert "flat_difference = +0.040: the share of images without contrast" in caplog.text
     assert "black" not in caplog.text
+    caplog.clear()
+    evaluate.health(data, x)  # fewer than the data has
+    assert not caplog.text
 
 
 def test_mean_and_deviation_are_numpys() -> None:
