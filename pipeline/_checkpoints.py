@@ -28,14 +28,17 @@ def steps(run: Store) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep: int) -> None:
-    """Write the checkpoint of about["step"]; of all keep the best and the `keep` newest.
+def write(
+    run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep: int, keep_every: int | None = None
+) -> None:
+    """Write the checkpoint of about["step"]; of all keep the best, the `keep` newest and the multiples of keep_every.
 
     Args:
         run: Where.
         tensors: By name.
         about: JSON; "step", and "test_loss", of which the lowest is the best, or None.
         keep: At least 1.
+        keep_every: Steps, or None.
 
     Raises:
         FloatingPointError: If a tensor of the state is not finite; nothing is written.
@@ -51,7 +54,7 @@ def write(run: Store, tensors: dict[str, Tensor], about: dict[str, Any], *, keep
     place.remove(META)  # of an earlier try, while the state is another
     place.write(STATE, content)
     place.write(META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
-    _prune(run, keep)
+    _prune(run, keep, keep_every)
 
 
 def newest(run: Store) -> tuple[int, dict[str, Tensor]] | None:
@@ -90,7 +93,7 @@ def about(run: Store, step: int) -> dict[str, Any]:
     return meta
 
 
-def _prune(run: Store, keep: int) -> None:
+def _prune(run: Store, keep: int, keep_every: int | None) -> None:
     found = steps(run)
     losses = {}
     for step in found:
@@ -99,7 +102,8 @@ def _prune(run: Store, keep: int) -> None:
         except DamagedError:
             continue  # not the best
     judged = [step for step, loss in losses.items() if loss is not None]
-    kept = {_name(step) for step in (*found[:keep], *sorted(judged, key=losses.__getitem__)[:1])}
+    milestones = [step for step in found if keep_every and step and step % keep_every == 0]
+    kept = {_name(step) for step in (*found[:keep], *milestones, *sorted(judged, key=losses.__getitem__)[:1])}
     there = {name.split("/")[0] for name in run.names() if name.startswith("step_")}
     for name in sorted(there - kept):  # old ones, and what a save left that was broken off
         (run / name).remove(META)  # first: what is half removed does not count

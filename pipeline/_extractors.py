@@ -21,7 +21,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from ncsn import images
 from ncsn.metrics import Moments
-from pipeline import _params, _ray, _stage, features
+from pipeline import _params, _ray, _stage, features, prepare
 from pipeline._stage import StageError
 from pipeline._store import sha256
 
@@ -243,6 +243,37 @@ class _Pass:
             return Features(layers, moments)
 
         return work
+
+
+def choose(settings: _params.Evaluate) -> Extractor | None:
+    """The extractor that `evaluate.extractor` asks for; None if auto finds none.
+
+    Raises:
+        StageError: If the one that was asked for cannot be had.
+    """
+    info, data = features.manifest(), prepare.manifest()
+    labelled = info["labelled"]
+    if labelled and (info["shape"], info["classes"]) != (data["shape"], data["classes"]):
+        raise StageError(f"{features.OUT} is of another data set than {data['name']}: train it anew with `dvc repro`")
+    if settings.extractor == "classifier" and not labelled:
+        raise StageError(
+            "evaluate.extractor='classifier': the data set has no labels to train a classifier on, "
+            "expected auto or inception-v3-compat"
+        )
+    if settings.extractor == "classifier" or (settings.extractor == "auto" and labelled):
+        return classifier()
+    path = inception_path(settings.inception_weights)
+    if settings.extractor == "auto" and settings.inception_weights is None and not path.is_file():
+        return None
+    return inception(path)
+
+
+def preprocessing(extractor: Extractor, shape: list[int]) -> str:
+    """What happens to the pixels before the extractor's first layer."""
+    grey = ", grey repeated to 3 channels" if shape[0] == 1 else ""
+    if extractor.name == INCEPTION:
+        return f"uint8, bilinear resize to 299x299 as in TensorFlow 1{grey}"
+    return f"uint8, no resize{grey}"
 
 
 def register_classifier(name: str) -> None:

@@ -51,7 +51,24 @@ class Reference:
         return cls(index, rows, moments or Moments.of(rows), rows[draw(len(rows), NEIGHBOURHOOD_IMAGES, seed)])
 
 
-def place(extractor: _extractors.Extractor, preprocessing: str, runtime: _params.Runtime) -> Store:
+def beside(
+    extractor: _extractors.Extractor, sets: dict[str, _extractors.Pictures], params: _params.Params
+) -> tuple[Reference, dict[str, _extractors.Features]]:
+    """The training images, from storage if they are there, and the features of sets of images; within a cluster."""
+    where, n = place(extractor, params.runtime), prepare.manifest()["splits"]["train"]["n"]
+    reference = read(where, params.evaluate.seed)
+    found = _extractors.extract(
+        extractor, sets if reference else {"train": pictures(params.runtime), **sets}, params.runtime
+    )
+    if reference is None:
+        train = found.pop("train")
+        rows = train.layers[extractor.layer("fid")]
+        reference = Reference.of(rows, params.evaluate.seed, train.moments, kept(n))
+        write(where, reference)
+    return reference, found
+
+
+def place(extractor: _extractors.Extractor, runtime: _params.Runtime) -> Store:
     """Where the features of the training images lie; the name hashes all that determines them."""
     data = prepare.manifest()
     identity = {
@@ -59,7 +76,7 @@ def place(extractor: _extractors.Extractor, preprocessing: str, runtime: _params
         "split": "train",
         "shape": data["shape"],
         "extractor": [extractor.name, extractor.sha256, extractor.layer("fid")],
-        "preprocessing": preprocessing,
+        "preprocessing": _extractors.preprocessing(extractor, data["shape"]),
         "kept": KEPT,
         "code": code_digest(
             "pipeline/_extractors.py",

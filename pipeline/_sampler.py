@@ -1,11 +1,12 @@
 """What determines an image, and the network that draws it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from safetensors.torch import load
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from ncsn import images, random, samplers
 from ncsn.inference import Evaluator, activation_bytes, micro_batch
-from pipeline import _params, train
+from ncsn.networks.ncsn import TOLERANCE
+from ncsn.noise import refined
+from pipeline import _params, prepare, schedule, train
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint
 
@@ -84,6 +87,46 @@ class Sampler:
             "code": code_digest(*CODE),
         }
         return f"sample-{fingerprint(identity)}"
+
+
+def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256: str, step: int, seed: int) -> Sampler:
+    """The sampler of the section `sample` with weights of the network in model.json.
+
+    Raises:
+        StageError: If the network cannot draw such images, or not at these levels.
+    """
+    levels, shape = schedule.load(), prepare.manifest()["shape"]
+    train.check(model["network"], shape)
+    own = model["network"].get("sigmas", levels["sigmas"])
+    if not same_levels(own, levels["sigmas"]):
+        raise StageError(
+            f"out/schedule has {levels['L']} levels from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}, but the "
+            f"{model['network']['name']} in out/train knows none but its own {len(own)} from {own[0]:.6g} to "
+            f"{own[-1]:.6g}: set noise.* to these, or train it anew"
+        )
+    if params.sample.method == "consistent" and "sigmas" in model["network"] and levels["steps_per_level"] > 1:
+        raise StageError(
+            f"sample.method=consistent with noise.steps_per_level={levels['steps_per_level']} puts levels between "
+            f"those of the {model['network']['name']}, which knows none but its own: set noise.steps_per_level=1"
+        )
+    return Sampler(
+        network=model["network"],
+        space=model["space"],
+        shape=tuple(shape),
+        weights=weights,
+        weights_sha256=sha256,
+        step=step,
+        method=params.sample.method,
+        schedule=levels,
+        denoise=params.sample.denoise,
+        precision=params.sample.precision,
+        seed=seed,
+    )
+
+
+def same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two ladders are one, up to what NCSN tolerates."""
+    return len(a) == len(b) and np.allclose(a, b, rtol=TOLERANCE, atol=0)
 
 
 class Model:
@@ -175,17 +218,24 @@ class Drawer:
         """
         s = self.sampler
         index = index.to(self.device)
-        x = samplers.annealed_langevin(
-            self.model.score,
-            self.to_space(random.start_images(s.seed, index, s.shape)),
-            self.sigmas,
-            epsilon=s.schedule["epsilon"],
-            steps_per_level=s.schedule["steps_per_level"],
-            denoise=s.denoise,
-            noise=noise or random.seeded_noise(s.seed, index),
-            project=project,
-            observe=observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
-        )
+        start = self.to_space(random.start_images(s.seed, index, s.shape))
+        settings: dict[str, Any] = {
+            "epsilon": s.schedule["epsilon"],
+            "denoise": s.denoise,
+            "noise": noise or random.seeded_noise(s.seed, index),
+            "project": project,
+            "observe": observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
+        }
+        if s.method == "consistent":
+            start += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
+            sigmas = refined(self.sigmas, s.schedule["steps_per_level"])
+            try:
+                x = samplers.consistent_annealed_langevin(self.model.score, start, sigmas, **settings)
+            except ValueError as error:
+                raise StageError(f"sample.method=consistent: {error}: set noise.epsilon, or noise.L") from error
+        else:
+            T = s.schedule["steps_per_level"]
+            x = samplers.annealed_langevin(self.model.score, start, self.sigmas, steps_per_level=T, **settings)
         if not x.isfinite().all():
             raise StageError(
                 f"images are not finite with noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from "

@@ -178,11 +178,11 @@ def animate(drawer: Drawer, n: int) -> list[Tensor]:
     Of more than MOST_LEVELS levels every second, third and so on counts, such that the last one does.
     """
     frames: list[Tensor] = []
-    L, T = drawer.sampler.schedule["L"], drawer.sampler.schedule["steps_per_level"]
-    every = -(-L // MOST_LEVELS) * T
+    s = drawer.sampler
+    last, every = s.nfe - s.denoise - 1, -(-s.schedule["L"] // MOST_LEVELS) * s.schedule["steps_per_level"]
 
     def observe(x: Tensor, step: int, sigma: float) -> None:
-        if (L * T - 1 - step) % every == 0:
+        if (last - step) % every == 0:
             frames.append(images.to_uint8(x))
 
     final = images.to_uint8(drawer.langevin(torch.arange(n), observe=observe))

@@ -113,7 +113,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     judging: Judging | None = None
     reason: str | None = None
     try:
-        if evaluate.choose_extractor(params.evaluate) is None:
+        if _extractors.choose(params.evaluate) is None:
             reason = "the data has no labels and there are no Inception weights: nothing would be measured"
         else:
             log.info("timing features and metrics")
@@ -253,7 +253,7 @@ def time_drawing(params: _params.Params) -> Drawing:
 
 def time_judging(params: _params.Params) -> Judging:
     """Time features of training images, and the metrics on as many rows of random features."""
-    extractor = evaluate.choose_extractor(params.evaluate)
+    extractor = _extractors.choose(params.evaluate)
     assert extractor is not None
     images = prepare.load("train")[0][: 4 * _extractors.BATCH]
     features = extractor.open()

@@ -30,7 +30,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _extractors, _neighbours, _params, _ray, _reference, _stage, _track, features, prepare, sample
+from pipeline import _extractors, _neighbours, _params, _ray, _reference, _stage, _track, prepare, sample
 from pipeline._reference import Reference, draw
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, replacing_folder, write_json
@@ -74,7 +74,7 @@ class ImageSet:
 
 
 def main(params: _params.Params) -> None:
-    extractor = choose_extractor(params.evaluate)
+    extractor = _extractors.choose(params.evaluate)
     with _track.run(params) as run, replacing_folder(OUT) as out:
         if extractor is None:
             reason = (
@@ -113,29 +113,6 @@ def illustrate(findings: list[_neighbours.Finding], folder: Path, seed: int) -> 
     _neighbours.plot(findings, folder / "distances.png")
     for finding in findings:
         finding.warn()
-
-
-def choose_extractor(settings: _params.Evaluate) -> _extractors.Extractor | None:
-    """The extractor that `evaluate.extractor` asks for; None if auto finds none.
-
-    Raises:
-        StageError: If the one that was asked for cannot be had.
-    """
-    info, data = features.manifest(), prepare.manifest()
-    labelled = info["labelled"]
-    if labelled and (info["shape"], info["classes"]) != (data["shape"], data["classes"]):
-        raise StageError(f"{features.OUT} is of another data set than {data['name']}: train it anew with `dvc repro`")
-    if settings.extractor == "classifier" and not labelled:
-        raise StageError(
-            "evaluate.extractor='classifier': the data set has no labels to train a classifier on, "
-            "expected auto or inception-v3-compat"
-        )
-    if settings.extractor == "classifier" or (settings.extractor == "auto" and labelled):
-        return _extractors.classifier()
-    path = _extractors.inception_path(settings.inception_weights)
-    if settings.extractor == "auto" and settings.inception_weights is None and not path.is_file():
-        return None
-    return _extractors.inception(path)
 
 
 def measure(
@@ -203,21 +180,15 @@ def spread(passports: list[Passport], middle: str, n: int) -> list[Passport]:
 def all_features(
     extractor: _extractors.Extractor, sets: dict[str, ImageSet], params: _params.Params
 ) -> tuple[Reference, dict[str, dict[str, Tensor]]]:
-    """The training images' features, from storage if they are there, and those of all sets, and of some in a mirror."""
-    where = _reference.place(extractor, preprocessing(extractor, prepare.manifest()["shape"]), params.runtime)
-    reference = _reference.read(where, params.evaluate.seed)
-    wanted = {} if reference else {"train": _reference.pictures(params.runtime)}
+    """The training images' features, and those of all sets, and of some in a mirror."""
+    wanted = {}
     for kind, each in sets.items():
         pixels = _ray.put(np.ascontiguousarray(each.images))
         wanted[kind] = _extractors.Pictures(len(each.images), pixels)
         if kind in ("samples", "test"):
             queries = min(_neighbours.QUERIES, len(each.images))
             wanted[f"{kind}_mirrored"] = _extractors.Pictures(queries, pixels, mirrored=True)
-    found = _extractors.extract(extractor, wanted, params.runtime)
-    if reference is None:
-        rows, index = found.pop("train"), _reference.kept(prepare.manifest()["splits"]["train"]["n"])
-        reference = Reference.of(rows.layers[extractor.layer("fid")], params.evaluate.seed, rows.moments, index)
-        _reference.write(where, reference)
+    reference, found = _reference.beside(extractor, wanted, params)
     return reference, {kind: each.layers for kind, each in found.items()}
 
 
@@ -280,7 +251,7 @@ def provenance(extractor: _extractors.Extractor) -> Passport:
             "weights_sha256": extractor.sha256,
             "test_accuracy": extractor.test_accuracy,
         },
-        "preprocessing": preprocessing(extractor, data["shape"]),
+        "preprocessing": _extractors.preprocessing(extractor, data["shape"]),
         "code": {"revision": _track.revision(), "digest": code_digest("ncsn", "pipeline")},
     }
 
@@ -389,8 +360,8 @@ def channel_differences(x: np.ndarray, data: np.ndarray) -> list[Score]:
 def health(x: np.ndarray, data: np.ndarray) -> list[Score]:
     """Shares of pixels that are 0 or 255, samples minus data, and of images that show nothing; uint8 (N, C, H, W).
 
-    Clipped to 0 and 255 is what a sampler drives too far; images without contrast are what a broken one ends in. Fewer of
-    them are no fault: backgrounds of exactly 0 are lost in the last noise level.
+    Clipped to 0 and 255 is what a sampler drives too far; images without contrast are what a broken one ends in. Fewer
+    of them are no fault: backgrounds of exactly 0 are lost in the last noise level.
     """
     (black, white, flat), theirs = shares(x), shares(data)
     scores = [
@@ -462,14 +433,6 @@ def origin(images: ImageSet, n: int, first: int = 0) -> Passport:
         "sampler": manifest["sampler"],
         "nfe": manifest["nfe"],
     }
-
-
-def preprocessing(extractor: _extractors.Extractor, shape: list[int]) -> str:
-    """What happens to the pixels before the extractor's first layer."""
-    grey = ", grey repeated to 3 channels" if shape[0] == 1 else ""
-    if extractor.name == _extractors.INCEPTION:
-        return f"uint8, bilinear resize to 299x299 as in TensorFlow 1{grey}"
-    return f"uint8, no resize{grey}"
 
 
 def thousands(n: int) -> str:

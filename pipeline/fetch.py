@@ -22,7 +22,8 @@ from typing import Any
 
 from ncsn import official
 from ncsn.networks import NCSN, NETWORKS
-from pipeline import _params, _sources, _stage, prepare, sample, schedule, train
+from pipeline import _params, _sources, _stage, prepare, schedule, train
+from pipeline._sampler import same_levels
 from pipeline._stage import StageError, log
 from pipeline._store import replacing_folder, sha256
 
@@ -145,7 +146,7 @@ def expect_same(
             f"{checkpoint} holds {text.format(**held)}, but data.* and model.* make {text.format(**here)}: write "
             "params.yaml anew with the file's own, as `python -m pipeline.compose model=... model.width=... data=...`"
         )
-    if found.sigmas is not None and not sample.same_levels(own := found.sigmas.tolist(), levels["sigmas"]):
+    if found.sigmas is not None and not same_levels(own := found.sigmas.tolist(), levels["sigmas"]):
         raise StageError(
             f"{checkpoint} was trained with {len(own)} noise levels from {own[0]:.6g} to {own[-1]:.6g}, but "
             f"out/schedule has {levels['L']} from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}: write "

@@ -1,25 +1,23 @@
-"""Draw images by annealed Langevin dynamics with the averaged weights, on a pool of Ray workers.
+"""Draw images by annealed Langevin dynamics, or consistent annealed sampling, on a pool of Ray workers.
 
-Reads out/train, out/schedule and the section `sample`; writes out/samples: `ema/` the samples, `untrained/` a few of
-the untrained network as a yardstick, each as uint8 shards with a manifest; grid.png and denoising.gif. Image i depends
-on (seed, i) alone. Finished shards wait in runtime.storage and are never drawn again: the same command goes on where it
-stopped, and draws anew what is damaged.
+Reads out/train, out/select, out/schedule and the section `sample`; writes out/samples: `ema/` the samples, `untrained/`
+a few of the untrained network as a yardstick, each as uint8 shards with a manifest; grid.png and denoising.gif. Image i
+depends on (seed, i) alone. Finished shards wait in runtime.storage and are never drawn again: the same command goes on
+where it stopped, and draws anew what is damaged.
 
 --verify 16 draws nothing new: it draws 16 images of out/samples once more and compares.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ncsn.networks.ncsn import TOLERANCE
-from pipeline import _params, _ray, _shards, _stage, _track, prepare, schedule, train
+from pipeline import _params, _ray, _shards, _stage, _track, prepare, select, train
 from pipeline._pictures import grid_picture, save_gif, save_png
-from pipeline._sampler import Drawer, Sampler
+from pipeline._sampler import Drawer, Sampler, of_model
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, sha256
 
@@ -27,7 +25,6 @@ OUT = Path("out/samples")
 FRAMES = 25  # images in the animation
 YARDSTICK = 1_000  # images of the untrained network at most: they cost as much as samples
 TOLERATED = {"fp32": 0.05, "tf32": 2.0, "bf16": 2.0}  # mean difference of pixels, of 255, of an image drawn again
-WEIGHTS = {"ema": "ema", "untrained": "initial"}  # of each set of images: the name of their file
 
 
 def main(params: _params.Params, *, verify: int | None = None) -> None:
@@ -41,7 +38,8 @@ def main(params: _params.Params, *, verify: int | None = None) -> None:
         with replacing_folder(OUT) as out:
             for kind, order in orders.items():
                 ranges = params.sample.ranges if kind == "ema" else 1
-                about = {"n": order.n // ranges, "ranges": ranges, "selection": None}
+                selection = select.rule() if kind == "ema" else None
+                about = {"n": order.n // ranges, "ranges": ranges, "selection": selection}
                 _shards.publish(order, params.runtime, out / kind, about)
             picture = grid_picture(torch.from_numpy(load(out / "ema")[:100]), columns=10)
             save_png(picture, out / "grid.png")
@@ -76,39 +74,17 @@ def make_orders(params: _params.Params) -> dict[str, _shards.Order]:
 
 
 def weights(kind: str) -> Path:
-    """The file of the averaged ("ema") or initial ("untrained") weights."""
-    return train.OUT / f"{WEIGHTS[kind]}.safetensors"
+    """The file of the chosen averaged ("ema") or initial ("untrained") weights."""
+    return select.weights() if kind == "ema" else train.OUT / "initial.safetensors"
 
 
 def make_sampler(params: _params.Params, kind: str) -> Sampler:
-    """The sampler of the averaged ("ema") or initial ("untrained") weights."""
-    model, levels, shape = read_json(train.OUT / "model.json"), schedule.load(), prepare.manifest()["shape"]
-    train.check(model["network"], shape)
-    own = model["network"].get("sigmas", levels["sigmas"])
-    if not same_levels(own, levels["sigmas"]):
-        raise StageError(
-            f"out/schedule has {levels['L']} levels from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}, but the "
-            f"{model['network']['name']} in out/train knows none but its own {len(own)} from {own[0]:.6g} to "
-            f"{own[-1]:.6g}: set noise.* to these, or train it anew"
-        )
-    return Sampler(
-        network=model["network"],
-        space=model["space"],
-        shape=tuple(shape),
-        weights=WEIGHTS[kind],
-        weights_sha256=model["sha256"][WEIGHTS[kind]],
-        step=model["step"] if kind == "ema" else 0,
-        method=params.sample.method,
-        schedule=levels,
-        denoise=params.sample.denoise,
-        precision=params.sample.precision,
-        seed=params.sample.seed,
-    )
-
-
-def same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two ladders are one, up to what NCSN tolerates."""
-    return len(a) == len(b) and np.allclose(a, b, rtol=TOLERANCE, atol=0)
+    """The sampler of the chosen averaged ("ema") or initial ("untrained") weights."""
+    model = read_json(train.OUT / "model.json")
+    if kind == "untrained":
+        return of_model(params, model, "initial", model["sha256"]["initial"], 0, params.sample.seed)
+    chosen = select.chosen()
+    return of_model(params, model, "ema", chosen["sha256"], chosen["step"], params.sample.seed)
 
 
 def check_again(orders: dict[str, _shards.Order], params: _params.Params, n: int) -> None:

@@ -547,7 +547,8 @@ def save(job: Job, state: TrainState, curves: Tensor, window: Tensor, *, judge: 
     """Write a checkpoint, and what the averaged weights lose on test images, unless there is no time to judge it."""
     about = {"step": state.step, "test_loss": held_out_loss(job, state) if judge else None}
     tensors = state.state_dict() | {"curves": curves, "window": window}
-    _checkpoints.write(job.folder, tensors, about, keep=job.params.runtime.keep)
+    keep, keep_every = job.params.runtime.keep, job.params.train.keep_every
+    _checkpoints.write(job.folder, tensors, about, keep=keep, keep_every=keep_every)
 
 
 def held_out_loss(job: Job, state: TrainState) -> float:

@@ -91,7 +91,7 @@ def test_the_lock_covers_every_declared_package():
 
 def test_stages_list_their_own_module_and_existing_dependencies_and_never_runtime():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["prepare", "schedule", "features", "train", "sample", "evaluate", "report"]
+    assert list(stages) == ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report"]
     outs = {out for stage in stages.values() for out in [*stage.get("outs", []), *stage.get("metrics", [])]}
     for name, stage in stages.items():
         assert stage["cmd"] == f"python -m pipeline.{name}"
@@ -176,7 +176,7 @@ def test_analytics_of_dvc_are_off():
 
 
 def test_every_stage_has_a_help_text():
-    stages = ["prepare", "schedule", "features", "train", "sample", "evaluate", "report", "figures", "strips"]
+    stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
     stages += ["compose", "fetch", "estimate", "compare"]
     code = f"""
 import runpy, sys

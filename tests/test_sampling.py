@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from pipeline import _params, prepare, sample, schedule, train
+from pipeline import _params, prepare, sample, schedule, select, train
 from pipeline._stage import STOPPED
 from pipeline._store import replacing_folder, sha256, write_json
 from pipeline.compose import compose
@@ -30,6 +30,7 @@ def trained(clone):
         one, other = (train.initial_network(network, seed).state_dict() for seed in (0, 1))
         with replacing_folder(train.OUT) as out:
             train.write_model(out, one, other, {"network": network, "space": "pixels", "step": 9})
+        select.main(params)
     return clone
 
 

@@ -260,7 +260,7 @@ def test_training_features_are_kept_and_used_again(
     passports: Passports, compose_params: Compose, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime, extractor = compose_params().runtime, _extractors.classifier()
-    where = _reference.place(extractor, evaluate.preprocessing(extractor, [1, 8, 8]), runtime)
+    where = _reference.place(extractor, runtime)
     found = _reference.read(where, 0)
     assert found is not None
     rows = extractor.open()(prepare.load("train")[0])["features"]
@@ -276,9 +276,7 @@ def test_training_features_are_kept_and_used_again(
     where.remove(_reference.META)
     assert _reference.read(where, 0) is None
     _reference.write(where, found)
-    other = replace(extractor, sha256="0" * 64)
-    assert _reference.place(other, "x", runtime) != _reference.place(extractor, "x", runtime)
-    assert _reference.place(extractor, "y", runtime) != _reference.place(extractor, "x", runtime)
+    assert _reference.place(replace(extractor, sha256="0" * 64), runtime) != where
 
 
 def test_training_features_are_kept_on_s3(passports: Passports, on_s3: Any) -> None:
@@ -340,7 +338,7 @@ def test_samples_of_another_shape_are_an_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StageError, match=r"the samples have shape \[1, 8, 8\], the data \[3, 8, 8\]: draw them anew"):
         evaluate.image_sets(0)
     with pytest.raises(StageError, match="out/features is of another data set than digits"):
-        evaluate.choose_extractor(Evaluate("auto", None, 0))
+        _extractors.choose(Evaluate("auto", None, 0))
 
 
 def test_too_few_images_are_an_error() -> None:
@@ -376,14 +374,14 @@ def test_without_labels_and_inception_it_says_so(unlabelled: Params, caplog: pyt
 @pytest.mark.usefixtures("unlabelled")
 def test_an_extractor_that_cannot_be_had_is_an_error(workdir: Path) -> None:
     with pytest.raises(StageError, match=r"evaluate.extractor='classifier': the data set has no labels"):
-        evaluate.choose_extractor(Evaluate("classifier", None, 0))
+        _extractors.choose(Evaluate("classifier", None, 0))
     place = workdir / "torch/hub/checkpoints" / _extractors.INCEPTION_FILE
     message = f"the Inception weights {place} do not exist: get them with .*fetch`, put https://.* there, or name"
     with pytest.raises(StageError, match=message):
-        evaluate.choose_extractor(Evaluate("inception-v3-compat", None, 0))
+        _extractors.choose(Evaluate("inception-v3-compat", None, 0))
     # A file that somebody named and that is not there is an error even where auto would do without.
     with pytest.raises(StageError, match=f"the Inception weights {workdir / 'mine.pth'} do not exist"):
-        evaluate.choose_extractor(Evaluate("auto", str(workdir / "mine.pth"), 0))
+        _extractors.choose(Evaluate("auto", str(workdir / "mine.pth"), 0))
 
 
 @pytest.mark.usefixtures("unlabelled")
@@ -393,9 +391,9 @@ def test_other_inception_weights_are_not_opened(workdir: Path, monkeypatch: pyte
     path.write_bytes(b"a pickle")
     for settings in (Evaluate("auto", None, 0), Evaluate("inception-v3-compat", str(path), 0)):
         with pytest.raises(StageError, match=f"{sha256(path)}, expected one that begins with 6726825d: it is not the"):
-            evaluate.choose_extractor(settings)
+            _extractors.choose(settings)
     monkeypatch.setattr(_extractors, "INCEPTION_SHA256", sha256(path)[:8])
-    extractor = evaluate.choose_extractor(Evaluate("auto", None, 0))
+    extractor = _extractors.choose(Evaluate("auto", None, 0))
     assert extractor is not None
     assert (extractor.name, extractor.short, extractor.sha256) == ("inception-v3-compat", "inception", sha256(path))
     assert (extractor.layer("fid"), extractor.layer("isc")) == ("2048", "logits_unbiased")

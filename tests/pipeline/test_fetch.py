@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ncsn import images, official, random, samplers
-from pipeline import _extractors, _shards, _sources, fetch, prepare, sample, schedule, train
+from pipeline import _extractors, _shards, _sources, fetch, prepare, sample, schedule, select, train
 from pipeline._sampler import Drawer
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, write_json
@@ -58,6 +58,7 @@ def _drawn(params, kind="ema"):
 
 
 def _drawer(params, kind="ema"):
+    select.main(params)
     return Drawer.of(sample.make_sampler(params, kind), sample.weights(kind), params.runtime)
 
 
@@ -106,6 +107,7 @@ def test_sampling_refuses_an_ncsn_on_another_ladder(ready):
     fetch.main(params, V1)
     levels = schedule.choose(dataclasses.replace(params.noise, L=9), torch.zeros(1, 3, 16, 16))
     write_json(schedule.OUT / "schedule.json", levels)
+    select.main(params)
     with pytest.raises(StageError) as caught:
         sample.make_sampler(params, "ema")
     message = "out/schedule has 9 levels from 1 to 0.01, but the ncsn in out/train knows none but its own 10 from 1 to"

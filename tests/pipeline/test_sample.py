@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import _ray, _shards, s3, sample, schedule, train
+from pipeline import _ray, _shards, s3, sample, schedule, select, train
 from pipeline._pictures import save_gif
 from pipeline._sampler import Drawer, Model, Sampler
 from pipeline._shards import Order
@@ -125,6 +125,7 @@ def test_whatever_determines_an_image_is_in_the_name(sampler):
         {"denoise": False},
         {"precision": "bf16"},
         {"seed": 6},
+        {"method": "consistent"},
         {"space": "centred"},
         {"schedule": sampler.schedule | {"steps_per_level": 3}},
     ]
@@ -137,8 +138,10 @@ def test_the_stage_draws_by_its_parameters(compose_params, workdir, monkeypatch)
     hashes = {"ema": "0" * 64, "initial": "1" * 64}
     write_json(train.OUT / "model.json", {"network": NETWORK, "space": "pixels", "step": 12, "sha256": hashes})
     params = compose_params("experiment=tiny", "sample.ranges=3", "sample.denoise=false")
+    select.main(params)
     write_json(schedule.OUT / "schedule.json", schedule.choose(params.noise, torch.rand(20, 1, 8, 8)))
     monkeypatch.setattr(sample.prepare, "manifest", lambda: {"shape": [1, 8, 8], "splits": {"test": {"n": 30}}})
+    assert sample.weights("ema") == train.OUT / "ema.safetensors"
     orders = sample.make_orders(params)
     assert (orders["ema"].n, orders["untrained"].n) == (120, 30)
     assert (orders["ema"].frames, orders["untrained"].frames) == (25, 0)
@@ -201,6 +204,26 @@ def test_the_animation_ends_with_the_samples(drawer, tmp_path, monkeypatch):
     assert [f.tobytes() for f in fewer] == [at_level[k].tobytes() for k in (1, 3, 4)]
     save_gif(frames, 3, tmp_path / "x.gif")
     assert Image.open(tmp_path / "x.gif").n_frames > 1
+
+
+def test_the_consistent_method_draws_other_images_in_fewer_evaluations(sampler, weights, runtime, drawer):
+    share = {"epsilon": 0.8 * sampler.schedule["sigmas"][-1] ** 2, "steps_per_level": 3}
+    consistent = dataclasses.replace(sampler, method="consistent", schedule=sampler.schedule | share)
+    assert consistent.nfe == 3 * 3 + 1
+    other = Drawer.of(consistent, weights, runtime)
+    calls = []
+    score = other.model.score
+    other.model.score = lambda x, sigma: calls.append(float(sigma[0])) or score(x, sigma)
+    x = other.draw(torch.arange(6))
+    assert len(calls) == consistent.nfe
+    assert calls[0] == pytest.approx(sampler.schedule["sigmas"][0])
+    assert not _close(x, drawer.draw(torch.arange(6)))
+    frames = _shards.animate(other, 6)
+    assert len(frames) == 3 + 1
+    assert _close(frames[-1], x)
+    wild = dataclasses.replace(consistent, schedule=sampler.schedule | {"epsilon": 1e-9})
+    with pytest.raises(StageError, match=r"sample.method=consistent: expected epsilon from .*: set noise.epsilon"):
+        Drawer.of(wild, weights, runtime).draw(torch.arange(2))
 
 
 def _diverging(sampler):
