@@ -29,6 +29,66 @@ def test_philox_gives_the_published_answers(counter, key, expected):
     assert _philox(counter, key) == expected
 
 
+def _reference(counter, key):
+    """Philox4x32-10 from its definition (Salmon et al. 2011, section 3.3), in whole numbers of any size."""
+    for _ in range(10):
+        (high_0, low_0), (high_1, low_1) = (
+            divmod(multiplier * word, 2**32)
+            for multiplier, word in ((0xD2511F53, counter[0]), (0xCD9E8D57, counter[2]))
+        )
+        counter = [high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0]
+        key = (key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32
+    return counter
+
+
+def test_words_and_normals_are_those_of_a_second_implementation():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        *counter, k0, k1 = torch.randint(0, 2**32, (6,), generator=generator).tolist()
+        assert _philox(counter, (k0, k1)) == _reference(counter, (k0, k1))
+    seed, stream, step, numbers = 3_000_000_019, random.KNOWN, 1160, [0, 7, 49_999, 2**32 + 5, 2**62 + 1]
+    found = random.normal(seed, stream, torch.tensor(numbers), step, (3, 5, 5))
+    worst = 0.0
+    for number, image in zip(numbers, found.flatten(1).tolist(), strict=True):
+        expected = []
+        for element in range(-(-75 // 4)):
+            u = [w // 2**8 / 2**24 for w in _reference([element, number % 2**32, number >> 32, step], (seed, stream))]
+            for a, b in (u[:2], u[2:]):
+                radius = math.sqrt(-2 * math.log1p(-a))
+                expected += [radius * math.cos(2 * math.pi * b), radius * math.sin(2 * math.pi * b)]
+        worst = max(worst, *(abs(x - y) for x, y in zip(image, expected, strict=False)))
+    assert worst < 2e-6  # float32: 4e-7 in the angle, of radii up to 5.8
+
+
+@pytest.mark.parametrize("neighbours", ["element", "index", "step", "seed", "stream"])
+def test_neighbouring_counters_have_unrelated_words(neighbours):
+    """Of two neighbours, half of the bits differ, in each place; so do the words' bytes by the chi-squared test."""
+    base = {"seed": 5, "stream": 2, "index": torch.arange(0, 2000, 2), "step": 8}
+    if neighbours == "element":
+        words = [w[:, :-1] for w in random.words(**base, n=84)], [w[:, 1:] for w in random.words(**base, n=84)]
+    else:
+        words = random.words(**base, n=80), random.words(**(base | {neighbours: base[neighbours] + 1}), n=80)
+    one, other = (torch.stack([*each]).flatten(1) for each in words)  # (4, 20,000)
+    n = one.shape[1]
+    places = torch.arange(32)[:, None]
+    for word in (one, other, one ^ other):
+        balance = ((word[:, None] >> places) & 1).double().mean(-1)  # (4, 32)
+        assert (balance - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)
+        octets = torch.cat([(word >> shift) & 0xFF for shift in (0, 8, 16, 24)], 1)
+        for row in octets:
+            counts = torch.bincount(row, minlength=256).double()
+            chi = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+            assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_words_collide_as_often_as_chance_has_it():
+    """Birthdays: 2^18 words of 32 bits have 8 pairs in common on average, by Poisson's law."""
+    words = torch.cat([w.flatten() for w in random.words(1, 0, torch.arange(2**12), 0, 64)])
+    assert len(words) == 2**18
+    pairs = len(words) - len(words.unique())
+    assert abs(pairs - 8) < 5 * math.sqrt(8)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
 def test_noise_of_an_image_does_not_depend_on_the_batch(shape):
     index = torch.arange(1000, 1037)
