@@ -118,19 +118,14 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
 @contextmanager
 def _ended_at_once(processes: set[psutil.Process]) -> Iterator[None]:
     """Kill processes as soon as SIGTERM has come to them, which they have blocked: `ray.shutdown` would do so after a
-    second for each."""
-    over = threading.Event()
+    second for each. Those to which it had come before, with a signal to the whole group, are left to it, since the
+    driver must part from them first."""
+    over, ours = threading.Event(), [process for process in processes if not _terminated(process)]
 
     def watch() -> None:
         while not over.wait(0.02):
-            for process in processes:
-                try:
-                    status = Path(f"/proc/{process.pid}/status").read_text()
-                except OSError:
-                    continue  # gone, or not on Linux
-                pending = int(status.partition("ShdPnd:")[2].split()[0], 16)
-                if pending >> signal.SIGTERM - 1 & 1:
-                    process.kill()
+            for process in filter(_terminated, ours):
+                process.kill()
 
     thread = threading.Thread(target=watch, name="ended at once", daemon=True)
     thread.start()
@@ -139,6 +134,15 @@ def _ended_at_once(processes: set[psutil.Process]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _terminated(process: psutil.Process) -> bool:
+    """Whether a blocked SIGTERM waits for a process; False if it is gone, or not on Linux."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @dataclass(frozen=True)

@@ -49,15 +49,32 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What came of drawing.
+
+    Args:
+        frames: Those that were ordered, by name.
+        pace: Images drawn each second by all workers, 0 if all were there.
+        seconds: That workers spent on the images drawn now, by name.
+        count: How many these were.
+    """
+
+    frames: dict[str, list[Tensor]]
+    pace: float
+    seconds: dict[str, float]
+    count: dict[str, int]
+
+
+@dataclass(frozen=True)
 class _Pool:
-    """Makes the function of a worker: from a name and a block to a finished shard, or without a block to frames."""
+    """Makes the function of a worker: from a name and a block to a shard's seconds, or without a block to frames."""
 
     orders: Mapping[str, Order]
     weights: Mapping[str, _ray.Shared]  # by name
     storage: Store
     runtime: _params.Runtime
 
-    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | None]:
+    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | float]:
         # One network at a time: orders come one after the other.
         @functools.lru_cache(1)
         def model(name: str) -> Model:
@@ -66,27 +83,27 @@ class _Pool:
 
         alike = _alike(self.orders)
 
-        def work(job: tuple[str, Block | None]) -> list[Tensor] | None:
+        def work(job: tuple[str, Block | None]) -> list[Tensor] | float:
             name, block = job
             order = self.orders[name]
             drawer = Drawer(order.sampler, model(alike[name]))
             if block is None:
                 return animate(drawer, order.frames)
-            write(self.storage / order.sampler.name, block, drawer.draw(torch.arange(*block)).numpy())
-            return None
+            start = time.monotonic()
+            x = drawer.draw(torch.arange(*block)).numpy()
+            seconds = time.monotonic() - start
+            write(self.storage / order.sampler.name, block, x)
+            return seconds
 
         return work
 
 
-def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> tuple[dict[str, list[Tensor]], float]:
+def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> Drawn:
     """Draw what is not there yet, with a progress bar in images, within `_ray.cluster`.
 
     Args:
         orders: By names.
         runtime: Its storage, and how the workers are to be.
-
-    Returns:
-        The frames that were ordered, by name, and the images drawn each second (0 if all were there).
 
     Raises:
         StageError: If images are not finite, memory does not suffice or workers die too often.
@@ -103,14 +120,16 @@ def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> tuple[dict[st
     total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
     needed = {_alike(orders)[name] for name, _ in jobs}
     weights = {name: _ray.put(orders[name].weights.read_bytes()) for name in needed}
-    frames, start = {}, time.monotonic()
+    frames, seconds, start = {}, dict.fromkeys(orders, 0.0), time.monotonic()
     with _stage.StopSignals(), _stage.progress(total, "image", "draw", total - left) as bar:
         for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime), jobs, runtime):
             if block is None:
                 frames[name] = found
             else:
                 bar.update(block[1] - block[0])
-    return frames, left / (time.monotonic() - start)
+                seconds[name] += found
+    count = {name: sum(last - first for first, last in blocks) for name, blocks in todo.items()}
+    return Drawn(frames, left / (time.monotonic() - start), seconds, count)
 
 
 def missing(order: Order, storage: Store) -> list[Block]:

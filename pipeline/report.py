@@ -136,7 +136,7 @@ def tones(passports: list[evaluate.Passport]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for each in passports:
         statistic, difference, channel = each["metric"].partition("_difference")
-        if difference:
+        if difference and statistic in ("mean", "std"):
             found.setdefault(channel.removeprefix("_") or "grey", {})[statistic] = each["value"]
     return found
 

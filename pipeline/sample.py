@@ -34,7 +34,7 @@ def main(params: _params.Params, *, verify: int | None = None) -> None:
         return
     with _track.run(params) as run:
         with _ray.cluster(params.runtime):
-            frames, pace = _shards.draw(orders, params.runtime)
+            drawn = _shards.draw(orders, params.runtime)
         with replacing_folder(OUT) as out:
             for kind, order in orders.items():
                 ranges = params.sample.ranges if kind == "ema" else 1
@@ -43,9 +43,9 @@ def main(params: _params.Params, *, verify: int | None = None) -> None:
                 _shards.publish(order, params.runtime, out / kind, about)
             picture = grid_picture(torch.from_numpy(load(out / "ema")[:100]), columns=10)
             save_png(picture, out / "grid.png")
-            save_gif(frames["ema"], 5, out / "denoising.gif")
-        if pace:
-            run.metrics({"sample/images_per_second": pace})
+            save_gif(drawn.frames["ema"], 5, out / "denoising.gif")
+        if drawn.pace:
+            run.metrics({"sample/images_per_second": drawn.pace})
         run.image(np.asarray(picture), "samples", int(manifest(OUT / "ema")["step"]))
         run.artifact(OUT / "grid.png", "samples")
         run.artifact(OUT / "denoising.gif", "samples")

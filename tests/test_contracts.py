@@ -177,7 +177,7 @@ def test_analytics_of_dvc_are_off():
 
 def test_every_stage_has_a_help_text():
     stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
-    stages += ["compose", "fetch", "estimate", "compare"]
+    stages += ["frontier", "compose", "fetch", "estimate", "compare"]
     code = f"""
 import runpy, sys
 for stage in {stages}:

@@ -197,6 +197,7 @@ def judged(data: dict[str, Any]) -> list[evaluate.Passport]:
     logits = torch.nn.functional.one_hot(torch.arange(N) ** 2 % count, count) * 6.0
     views = [
         *evaluate.channel_differences(sample.load(), prepare.load("train")[0]),
+        *evaluate.health(sample.load(), prepare.load("train")[0]),
         *evaluate.class_views({"logits": logits}, evaluate_extractor(extractor)),
     ]
     passports += [evaluate.passport(score.metric, score, "samples", N, sets["samples"], common) for score in views]
@@ -368,6 +369,12 @@ def test_a_missing_output_is_named(params: Params, workdir: Path, monkeypatch: p
     with pytest.raises(StageError, match=r"out/schedule/schedule.json does not exist: write it with `dvc repro"):
         report.main(params)
     assert not report.OUT.exists()
+
+
+def test_tones_are_those_of_each_channel() -> None:
+    names = ["mean_difference_red", "std_difference_red", "black_difference", "flat_difference"]
+    passports = [{"metric": name, "value": 0.5} for name in names]
+    assert report.tones(passports) == {"red": {"mean": 0.5, "std": 0.5}}
 
 
 def test_short_curves_can_be_drawn(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,8 +252,10 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(order, drawer, runt
     orders = {"ema": dataclasses.replace(order, frames=3), "other": initial}
     remote = dataclasses.replace(runtime, storage=s3.STORAGE)
     with _ray.cluster(runtime):
-        frames, pace = _shards.draw(orders, remote)
-        assert pace > 0
+        drawn = _shards.draw(orders, remote)
+        assert drawn.pace > 0
+        assert drawn.count == {"ema": 10, "other": 6}
+        assert min(drawn.seconds.values()) > 0
         place = store(s3.STORAGE) / order.sampler.name
         place.write("shard_000004_000008.npy", b"not an array")
         caplog.clear()
@@ -271,7 +273,7 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(order, drawer, runt
             list(_ray.shards(_killed_once(tmp_path), [2], frail))
     assert _close(_shards.load(order, remote), drawer.draw(torch.arange(10)))
     assert not _close(_shards.load(order, remote)[:6], _shards.load(initial, remote))
-    assert _close(frames["ema"][-1], drawer.draw(torch.arange(3)))
+    assert _close(drawn.frames["ema"][-1], drawer.draw(torch.arange(3)))
     assert squares == {0: 0, 1: 1, 2: 4, 3: 9, 4: 16}
 
 

@@ -1,0 +1,65 @@
+"""Several samplers with one network: what each costs, and which to pick."""
+
+import dataclasses
+
+from PIL import Image
+
+from pipeline import features, frontier, prepare, schedule, select, train
+from pipeline._store import read_json, replacing_folder
+from tests.pipeline.doubles import Recorder
+
+
+def _row(nfe, fid, **other):
+    return {
+        "method": "annealed_langevin",
+        "T": 1,
+        "epsilon": 1e-3,
+        "denoise": True,
+        "nfe": nfe,
+        "seconds": None,
+        "fid": fid,
+        "reason": None if fid else "images are not finite",
+    } | other
+
+
+def test_the_cheapest_that_is_nearly_the_best_is_picked():
+    rows = [_row(10, 9.0), _row(20, 9.5), _row(30, 4.1), _row(40, None), _row(60, 4.0, T=5), _row(70, 4.05)]
+    assert [each["nfe"] for each in frontier.frontier(rows)] == [10, 30, 60]
+    told = frontier.advice(rows)
+    assert "Best: annealed Langevin, T = 5, epsilon = 0.001, FID 4 at 60 evaluations an image." in told
+    assert "Pick: annealed Langevin, T = 1, epsilon = 0.001, FID 4.1 at 30: the cheapest within 5% of it." in told
+    table = frontier.table(rows)
+    assert table.count("* annealed") == 3
+    assert "annealed Langevin, T = 1, epsilon = 0.001: images are not finite" in table
+    assert frontier.advice([_row(40, None)]) == "No setting drew images: see the reasons above."
+
+
+def test_settings_are_drawn_judged_and_pictured(compose_params, workdir, monkeypatch, capsys):
+    params = compose_params("experiment=tiny", "noise.L=8", "features.steps=20", "sample.shard_size=8")
+    prepare.main(params)
+    schedule.main(params)
+    features.main(params)
+    network = train.describe(params.model, 1, schedule.load()["sigmas"])
+    initial = train.initial_network(network, 0).state_dict()
+    with replacing_folder(train.OUT) as out:
+        train.write_model(out, initial, initial, {"network": network, "space": "pixels", "step": 3})
+    select.main(params)
+    recorder = Recorder()
+    monkeypatch.setattr(frontier._track, "run", recorder.run)
+    frontier.main(params, n=8, steps=[1], factors=[0.5, 1e45])
+    found = read_json(frontier.OUT / "frontier.json")
+    rows = found["rows"]
+    assert (found["n"], found["seeds"]["last"], found["checkpoint"]["step"]) == (8, 7, 3)
+    methods = [(each["method"], each["denoise"], each["nfe"]) for each in rows]
+    assert methods.count(("consistent", True, 8)) == 2
+    assert ("annealed_langevin", False, 16) in methods
+    wild = [each for each in rows if each["reason"]]
+    assert len(wild) == 1
+    assert wild[0]["reason"].startswith("images are not finite")
+    assert all(each["fid"] > 0 and each["seconds"] > 0 for each in rows if each is not wild[0])
+    assert Image.open(frontier.OUT / "frontier.png").width > 800
+    assert "Pick: " in capsys.readouterr().out
+    assert "frontier/frontier.png" in map(str, recorder.files)
+    again = frontier.row(frontier.settings(frontier.sample.make_sampler(params, "ema"), [1], [0.5])[0], 8, params)
+    assert dataclasses.is_dataclass(again["order"])
+    assert again["seconds"] is None  # all were there: no worker is needed
