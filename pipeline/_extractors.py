@@ -124,7 +124,10 @@ class Extractor:
             StageError: If the weights are not those that were checked.
         """
         if (found := sha256(self.weights)) != self.sha256:
-            raise StageError(f"{self.weights} has SHA-256 {found}, expected {self.sha256}: it is not opened")
+            fix = "download it" if self.classes is None else "write it with `dvc repro --single-item --force features`"
+            raise StageError(
+                f"{self.weights} has SHA-256 {found}, expected {self.sha256}: it is not opened; {fix} anew"
+            )
         if self.classes is not None:
             register_classifier(self.name)
         cuda = torch.cuda.is_available()

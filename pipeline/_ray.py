@@ -375,24 +375,29 @@ def shards(
     actors = [worker.remote(_credentials()) for _ in range(min(slots, len(jobs)))]
     running: dict[Any, tuple[Any, Any]] = {actor.ready.remote(): (actor, _NOTHING) for actor in actors}
     waiting, left = list(reversed(jobs)), len(jobs)
-    while left:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        actor, job = running.pop(done)
-        try:
-            result = ray.get(done)
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayActorError as error:
-            raise StageError(
-                f"a worker died more than runtime.max_failures={runtime.max_failures} times; if memory ran out, lower "
-                f"runtime.micro_batch or runtime.actors: {' '.join(str(error).split())}"
-            ) from error
-        if waiting:
-            following = waiting.pop()
-            running[actor.run.remote(made, following)] = actor, following
-        if job is not _NOTHING:
-            left -= 1
-            yield job, result
+    try:
+        while left:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            actor, job = running.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                raise error.cause from error
+            except RayActorError as error:
+                raise StageError(
+                    f"a worker died more than runtime.max_failures={runtime.max_failures} times; if memory ran out, "
+                    f"lower runtime.micro_batch or runtime.actors: {' '.join(str(error).split())}"
+                ) from error
+            if waiting:
+                following = waiting.pop()
+                running[actor.run.remote(made, following)] = actor, following
+            if job is not _NOTHING:
+                left -= 1
+                yield job, result
+    finally:
+        # Not when nobody refers to them any more, which may be late: a traceback does, and the next pool would wait.
+        for actor in actors if ray.is_initialized() else ():
+            ray.kill(actor)
 
 
 _NOTHING = object()

@@ -57,24 +57,28 @@ class Drawn:
         pace: Images drawn each second by all workers, 0 if all were there.
         seconds: That workers spent on the images drawn now, by name.
         count: How many these were.
+        failed: Why those that failed did, by name.
     """
 
     frames: dict[str, list[Tensor]]
     pace: float
     seconds: dict[str, float]
     count: dict[str, int]
+    failed: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Makes the function of a worker: from a name and a block to a shard's seconds, or without a block to frames."""
+    """Makes the function of a worker: from a name and a block to a shard's seconds, or without a block to frames;
+    where failing is tolerated, to the reason."""
 
     orders: Mapping[str, Order]
     weights: Mapping[str, _ray.Shared]  # by name
     storage: Store
     runtime: _params.Runtime
+    tolerant: bool
 
-    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | float]:
+    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | float | str]:
         # One network at a time: orders come one after the other.
         @functools.lru_cache(1)
         def model(name: str) -> Model:
@@ -83,14 +87,19 @@ class _Pool:
 
         alike = _alike(self.orders)
 
-        def work(job: tuple[str, Block | None]) -> list[Tensor] | float:
+        def work(job: tuple[str, Block | None]) -> list[Tensor] | float | str:
             name, block = job
             order = self.orders[name]
             drawer = Drawer(order.sampler, model(alike[name]))
             if block is None:
                 return animate(drawer, order.frames)
             start = time.monotonic()
-            x = drawer.draw(torch.arange(*block)).numpy()
+            try:
+                x = drawer.draw(torch.arange(*block)).numpy()
+            except StageError as error:
+                if self.tolerant:
+                    return str(error)
+                raise
             seconds = time.monotonic() - start
             write(self.storage / order.sampler.name, block, x)
             return seconds
@@ -98,12 +107,13 @@ class _Pool:
         return work
 
 
-def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> Drawn:
+def draw(orders: Mapping[str, Order], runtime: _params.Runtime, *, tolerant: bool = False) -> Drawn:
     """Draw what is not there yet, with a progress bar in images, within `_ray.cluster`.
 
     Args:
         orders: By names.
         runtime: Its storage, and how the workers are to be.
+        tolerant: Whether an order that fails is told of in the result, and the others are drawn.
 
     Raises:
         StageError: If images are not finite, memory does not suffice or workers die too often.
@@ -120,16 +130,18 @@ def draw(orders: Mapping[str, Order], runtime: _params.Runtime) -> Drawn:
     total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
     needed = {_alike(orders)[name] for name, _ in jobs}
     weights = {name: _ray.put(orders[name].weights.read_bytes()) for name in needed}
-    frames, seconds, start = {}, dict.fromkeys(orders, 0.0), time.monotonic()
+    frames, failed, seconds, start = {}, {}, dict.fromkeys(orders, 0.0), time.monotonic()
     with _stage.StopSignals(), _stage.progress(total, "image", "draw", total - left) as bar:
-        for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime), jobs, runtime):
-            if block is None:
+        for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime, tolerant), jobs, runtime):
+            if isinstance(found, str):
+                failed[name] = found
+            elif block is None:
                 frames[name] = found
             else:
                 bar.update(block[1] - block[0])
                 seconds[name] += found
     count = {name: sum(last - first for first, last in blocks) for name, blocks in todo.items()}
-    return Drawn(frames, left / (time.monotonic() - start), seconds, count)
+    return Drawn(frames, left / (time.monotonic() - start), seconds, count, failed)
 
 
 def missing(order: Order, storage: Store) -> list[Block]:

@@ -48,9 +48,12 @@ class StopSignals:
         self.take()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        # A call in C that ends with a result just as the handler raises becomes a SystemError.
+        if isinstance(error, SystemError) and isinstance(error.__cause__, StoppedError):
+            raise error.__cause__
 
     def take(self) -> None:
         """Take the signals over, again from whoever has done so since."""

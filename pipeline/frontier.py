@@ -40,7 +40,7 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
     log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
     with _track.run(params) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
-            rows = [row(each, n, params) for each in samplers]
+            rows = draw(samplers, n, params)
             judge(rows, extractor, n, params)
         rows.sort(key=lambda each: (each["nfe"], each["fid"] or math.inf))
         told = table(rows) + "\n\n" + advice(rows)
@@ -70,21 +70,24 @@ def settings(base: Sampler, steps: list[int], factors: list[float]) -> list[Samp
     return list({each.name: each for each in found}.values())
 
 
-def row(sampler: Sampler, n: int, params: _params.Params) -> dict[str, Any]:
-    """Draw the images of one setting. The seconds are those of one worker for an image, None if all were there."""
-    found = {"method": sampler.method, "T": sampler.schedule["steps_per_level"], "epsilon": sampler.schedule["epsilon"]}
-    found |= {"denoise": sampler.denoise, "nfe": sampler.nfe, "seconds": None, "fid": None, "reason": None}
-    order = _shards.Order(sampler, sample.weights("ema"), n, params.sample.shard_size)
-    name = words(found)
-    try:
-        drawn = _shards.draw({name: order}, params.runtime)
-    except StageError as error:  # of this setting: the others are drawn nevertheless, and the table tells
-        log.warning("%s: %s", name, error)
-        found["reason"] = str(error)
-    else:
-        if drawn.count[name]:
-            found["seconds"] = drawn.seconds[name] / drawn.count[name]
-    return found | {"order": order, "settings": sampler.settings}
+def draw(samplers: list[Sampler], n: int, params: _params.Params) -> list[dict[str, Any]]:
+    """Draw the images of all settings, within a cluster. The seconds are those of one worker for an image, None if all
+    were there; those that fail say why."""
+    rows, orders = {}, {}
+    for each in samplers:
+        row = {"method": each.method, "T": each.schedule["steps_per_level"], "epsilon": each.schedule["epsilon"]}
+        row |= {"denoise": each.denoise, "nfe": each.nfe, "settings": each.settings}
+        name = words(row)
+        rows[name] = row
+        orders[name] = _shards.Order(each, sample.weights("ema"), n, params.sample.shard_size)
+    drawn = _shards.draw(orders, params.runtime, tolerant=True)
+    for name, row in rows.items():
+        count, reason = drawn.count[name], drawn.failed.get(name)
+        seconds = drawn.seconds[name] / count if count and not reason else None
+        row |= {"seconds": seconds, "fid": None, "reason": reason, "order": orders[name]}
+        if reason:
+            log.warning("%s: %s", name, reason)
+    return list(rows.values())
 
 
 def judge(rows: list[dict[str, Any]], extractor: _extractors.Extractor, n: int, params: _params.Params) -> None:
