@@ -1,5 +1,6 @@
 """Fixtures for the stages: checked parameters from conf/, and an empty folder to run in."""
 
+import contextlib
 import functools
 import subprocess
 from collections.abc import Callable, Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import _params
+from pipeline import _params, _ray
 from pipeline.compose import compose
 
 Compose = Callable[..., _params.Params]
@@ -26,6 +27,14 @@ def compose_params() -> Compose:
 def params(compose_params: Compose) -> _params.Params:
     """The default Params; change them with dataclasses.replace."""
     return compose_params()
+
+
+@pytest.fixture(scope="session")
+def one_cluster(compose_params: Compose) -> Iterator[None]:
+    """A local Ray cluster for all stages that are called in this process: each of its own takes 10 s to come and go."""
+    with _ray.cluster(compose_params().runtime), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ray, "cluster", lambda runtime: contextlib.nullcontext())
+        yield
 
 
 @pytest.fixture

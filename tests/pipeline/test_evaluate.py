@@ -65,7 +65,7 @@ class Judged:
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory, compose_params: Compose) -> Judged:
+def judged(tmp_path_factory: pytest.TempPathFactory, compose_params: Compose, one_cluster: None) -> Judged:
     """Digits; the "samples" are training images with noise, those of the "untrained" network noise alone."""
     folder, recorder, lines = tmp_path_factory.mktemp("judged"), Recorder(), []
     params = compose_params()

@@ -40,6 +40,7 @@ def pixels(n: int, channels: int = 1, side: int = 8, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).integers(0, 256, (n, channels, side, side), dtype=np.uint8)
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_features_do_not_depend_on_the_pool(
     classifier: _extractors.Extractor, compose_params: Compose, tmp_path: Path
 ) -> None:

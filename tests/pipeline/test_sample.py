@@ -246,6 +246,7 @@ def _killed_once(folder):
     return make
 
 
+@pytest.mark.usefixtures("one_cluster")
 def test_ray_workers_draw_the_same_shards_and_survive_a_kill(order, drawer, runtime, on_s3, tmp_path, caplog):
     caplog.set_level("INFO", "pipeline")
     initial = dataclasses.replace(order, n=6, sampler=dataclasses.replace(order.sampler, seed=9))

@@ -16,7 +16,7 @@ RULE = ("experiment=tiny", "select.rule=fid", "select.n=12", "sample.shard_size=
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, compose_params):
+def trained(tmp_path_factory, compose_params, one_cluster):
     """Digits and three checkpoints of a run, of which the second draws images that are less far from digits."""
     params = compose_params(*RULE)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def test_the_best_is_found_and_drawn_from(trained, caplog):
     assert found["step"] == min(fids, key=fids.__getitem__) == 8
     assert all(np.isfinite(fid) for fid in fids.values())
     assert fids[4] == pytest.approx(fids[12])  # the same weights
-    assert fids[4] > 1.2 * fids[8]
+    assert fids[4] > 1.05 * fids[8]  # no tie: 1.16 to 1.3 on the machines it was run on
     assert sha256(select.weights()) == found["sha256"]
     expected = train.below(_checkpoints.read(store(trained.runtime.storage) / "train-0123456789ab", 8), "ema.")
     weights = load_file(select.weights())
