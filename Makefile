@@ -21,7 +21,7 @@ repro: setup ## Run the graph: digits in, drawn digits, FID, report and an MLflo
 	dvc repro
 	@echo "Look at out/report.html, or compare runs with: make ui"
 
-figures: setup ## Draw the papers' figures into out/figures and out/strips; runs what they need of the graph
+figures: setup ## Draw the papers' figures and the frontier of samplers; runs what they need of the graph
 	dvc repro sweeps/dvc.yaml
 
 test: check ## Run every check: linters, types, import contracts, tests

@@ -153,19 +153,25 @@ class Run:
 
 
 @contextmanager
-def run(params: _params.Params) -> Iterator[Run]:
+def run(params: _params.Params, *, afterwards: bool = False) -> Iterator[Run]:
     """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises.
+
+    Args:
+        params: Of the stage.
+        afterwards: Join the newest such run though it has ended, and leave its status as it is: for what is done with
+            a trained network after the report.
 
     Raises:
         StageError: If the tracking store refuses us, or is a local one that cannot be used. A server that does not
             answer is only warned about.
     """
-    courier = _Courier(params)
+    courier = _Courier(params, afterwards)
     current = courier.begin()
     try:
         yield current
     except BaseException as error:
-        current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
+        if not afterwards:
+            current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
     finally:
         courier.close()
@@ -174,10 +180,10 @@ def run(params: _params.Params) -> Iterator[Run]:
 class _Courier(threading.Thread):
     """Sends what waits in a run's folder, and once what earlier runs have left behind, until it is closed."""
 
-    def __init__(self, params: _params.Params) -> None:
+    def __init__(self, params: _params.Params, afterwards: bool) -> None:
         super().__init__(name="tracking", daemon=True)
         self.uri = tracking_uri(params)
-        self.params, self.about = params, _about(self.uri, params)
+        self.params, self.about = params, _about(self.uri, params) | {"afterwards": afterwards}
         name = fingerprint([self.about[key] for key in ("uri", "experiment", "key")])
         self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
         # A stage goes on in the folder of the last one if that still has something to say about the same run.
@@ -194,7 +200,8 @@ class _Courier(threading.Thread):
         if not (self.own / "run.json").exists():
             write_json(self.own / "run.json", self.about)
         current = Run(self.uri, str(self.own))
-        current._note("status", [["RUNNING", _now()]])
+        if not self.about["afterwards"]:
+            current._note("status", [["RUNNING", _now()]])
         current.params(_params.as_dict(self.params, *RESULT_SECTIONS))
         try:
             self._send_left(self.earlier)  # first, as this may be what ends an earlier run
@@ -327,11 +334,13 @@ def _about(uri: str, params: _params.Params) -> dict[str, Any]:
 
 
 def _find(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Id and start of the newest unfinished run of this key."""
+    """Id and start of the newest unfinished run of this key, or afterwards of the newest one."""
     experiment = client.get_experiment_by_name(about["experiment"])
     if experiment is None:
         return None
-    query = f"tags.`{KEY}` = '{about['key']}' and attributes.status != 'FINISHED'"
+    query = f"tags.`{KEY}` = '{about['key']}'" + (
+        "" if about.get("afterwards") else " and attributes.status != 'FINISHED'"
+    )
     found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
     return (found[0].info.run_id, found[0].info.start_time) if found else None
 

@@ -38,7 +38,7 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
     base = sample.make_sampler(params, "ema")
     samplers = settings(base, steps, factors)
     log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
-    with _track.run(params) as run, replacing_folder(OUT) as out:
+    with _track.run(params, afterwards=True) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
             rows = draw(samplers, n, params)
             judge(rows, extractor, n, params)

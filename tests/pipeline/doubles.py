@@ -19,7 +19,7 @@ class Recorder:
     files: list[Path] = field(default_factory=list)
 
     @contextmanager
-    def run(self, params: _params.Params) -> Iterator["Recorder"]:
+    def run(self, params: _params.Params, *, afterwards: bool = False) -> Iterator["Recorder"]:
         yield self
 
     def metrics(self, values: dict[str, float]) -> None:

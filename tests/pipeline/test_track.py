@@ -116,6 +116,25 @@ def test_a_run_goes_on_until_it_is_finished(database):
     assert len(_runs(_client())) == 2
 
 
+def test_what_comes_afterwards_joins_the_run_and_leaves_its_status(database):
+    with _track.run(database) as run:
+        run.finish()
+    with _track.run(database, afterwards=True) as again:
+        again.metrics({"a": 3}, 1)
+    with pytest.raises(ZeroDivisionError), _track.run(database, afterwards=True):
+        raise ZeroDivisionError
+    (found,) = _runs(client := _client())
+    assert (again.start, found.info.status) == (run.start, "FINISHED")
+    assert _history(client, found, "a") == [(1, 3.0)]
+    with _track.run(database):  # of a graph that runs anew
+        pass
+    assert len(_runs(client)) == 2
+    with _track.run(database, afterwards=True) as again:
+        again.metrics({"a": 4}, 1)
+    newest = max(_runs(client), key=lambda each: each.info.start_time)
+    assert (newest.info.status, _history(client, newest, "a")) == ("RUNNING", [(1, 4.0)])
+
+
 def test_other_parameters_make_another_run_and_where_it_runs_does_not(database):
     for changed in (
         database,
