@@ -338,9 +338,8 @@ def _find(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int] | N
     experiment = client.get_experiment_by_name(about["experiment"])
     if experiment is None:
         return None
-    query = f"tags.`{KEY}` = '{about['key']}'" + (
-        "" if about.get("afterwards") else " and attributes.status != 'FINISHED'"
-    )
+    unfinished = "" if about.get("afterwards") else " and attributes.status != 'FINISHED'"
+    query = f"tags.`{KEY}` = '{about['key']}'{unfinished}"
     found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
     return (found[0].info.run_id, found[0].info.start_time) if found else None
 
