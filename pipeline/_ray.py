@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -125,7 +125,8 @@ def _ended_at_once(processes: set[psutil.Process]) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(0.02):
             for process in filter(_terminated, ours):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     thread = threading.Thread(target=watch, name="ended at once", daemon=True)
     thread.start()

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 RESULT_SECTIONS = [field.name for field in dataclasses.fields(_params.Params) if field.name != "runtime"]
 KEY = "ncsn.fingerprint"
+WEIGHTS = "ncsn.weights"
 SPOOL = Path("runs/tracking")
 AGAIN = 10.0  # seconds until a server that was away is tried again
 QUICK = {
@@ -111,6 +112,10 @@ class Run:
         """Let the UI show artifacts, JSON with "columns" and "data", as tables that can be compared between runs."""
         self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in paths])})
 
+    def trained(self, weights: str) -> None:
+        """Say which weights the run is of, by their hash, for what is done `afterwards` with them."""
+        self.tags({WEIGHTS: weights})
+
     def finish(self) -> None:
         """Mark the run as complete; a later stage starts another one."""
         self._note("status", [["FINISHED", _now()]])
@@ -153,13 +158,13 @@ class Run:
 
 
 @contextmanager
-def run(params: _params.Params, *, afterwards: bool = False) -> Iterator[Run]:
+def run(params: _params.Params, *, afterwards: str | None = None) -> Iterator[Run]:
     """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises.
 
     Args:
         params: Of the stage.
-        afterwards: Join the newest such run though it has ended, and leave its status as it is: for what is done with
-            a trained network after the report.
+        afterwards: The hash of weights: join the newest run that they were `trained` in, whether or not it has ended,
+            and leave its status as it is.
 
     Raises:
         StageError: If the tracking store refuses us, or is a local one that cannot be used. A server that does not
@@ -170,7 +175,7 @@ def run(params: _params.Params, *, afterwards: bool = False) -> Iterator[Run]:
     try:
         yield current
     except BaseException as error:
-        if not afterwards:
+        if afterwards is None:
             current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
     finally:
@@ -180,11 +185,11 @@ def run(params: _params.Params, *, afterwards: bool = False) -> Iterator[Run]:
 class _Courier(threading.Thread):
     """Sends what waits in a run's folder, and once what earlier runs have left behind, until it is closed."""
 
-    def __init__(self, params: _params.Params, afterwards: bool) -> None:
+    def __init__(self, params: _params.Params, afterwards: str | None) -> None:
         super().__init__(name="tracking", daemon=True)
         self.uri = tracking_uri(params)
-        self.params, self.about = params, _about(self.uri, params) | {"afterwards": afterwards}
-        name = fingerprint([self.about[key] for key in ("uri", "experiment", "key")])
+        self.params, self.about = params, _about(self.uri, params, afterwards)
+        name = fingerprint([self.about[key] for key in ("uri", "experiment", "key", "afterwards")])
         self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
         # A stage goes on in the folder of the last one if that still has something to say about the same run.
         last = self.earlier[-1] if self.earlier else None
@@ -200,9 +205,11 @@ class _Courier(threading.Thread):
         if not (self.own / "run.json").exists():
             write_json(self.own / "run.json", self.about)
         current = Run(self.uri, str(self.own))
-        if not self.about["afterwards"]:
+        if self.about["afterwards"] is None:
             current._note("status", [["RUNNING", _now()]])
-        current.params(_params.as_dict(self.params, *RESULT_SECTIONS))
+            current.params(_params.as_dict(self.params, *RESULT_SECTIONS))
+        else:
+            current.trained(self.about["afterwards"])
         try:
             self._send_left(self.earlier)  # first, as this may be what ends an earlier run
             _send(self.own)
@@ -311,7 +318,7 @@ def revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _about(uri: str, params: _params.Params) -> dict[str, Any]:
+def _about(uri: str, params: _params.Params, afterwards: str | None) -> dict[str, Any]:
     """What it takes to find or to start the run, as JSON."""
     key = fingerprint([_params.result(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
     tags = {KEY: key, "mlflow.source.name": "dvc repro", "runtime.workers": str(params.runtime.workers)}
@@ -327,6 +334,7 @@ def _about(uri: str, params: _params.Params) -> dict[str, Any]:
         "experiment": params.runtime.experiment,
         "artifacts": beside if uri.startswith("sqlite:") else None,
         "key": key,
+        "afterwards": afterwards,
         "name": f"{params.data.name}-{params.model.name}-{key[:6]}",
         "tags": tags,
         "start": _now(),
@@ -334,12 +342,13 @@ def _about(uri: str, params: _params.Params) -> dict[str, Any]:
 
 
 def _find(client: MlflowClient, about: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Id and start of the newest unfinished run of this key, or afterwards of the newest one."""
+    """Id and start of the newest unfinished run of this key; afterwards of the newest one of the weights."""
     experiment = client.get_experiment_by_name(about["experiment"])
     if experiment is None:
         return None
-    unfinished = "" if about.get("afterwards") else " and attributes.status != 'FINISHED'"
-    query = f"tags.`{KEY}` = '{about['key']}'{unfinished}"
+    query = f"tags.`{KEY}` = '{about['key']}' and attributes.status != 'FINISHED'"
+    if about.get("afterwards") is not None:
+        query = f"tags.`{WEIGHTS}` = '{about['afterwards']}'"
     found = client.search_runs([experiment.experiment_id], query, max_results=1, order_by=["start_time DESC"])
     return (found[0].info.run_id, found[0].info.start_time) if found else None
 

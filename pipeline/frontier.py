@@ -15,9 +15,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _extractors, _params, _ray, _reference, _shards, _stage, _track, evaluate, sample, select
+from pipeline import _extractors, _params, _ray, _reference, _shards, _stage, _track, evaluate, sample, select, train
 from pipeline._pictures import STYLE
 from pipeline._sampler import Sampler
 from pipeline._stage import StageError, log
@@ -38,7 +39,7 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
     base = sample.make_sampler(params, "ema")
     samplers = settings(base, steps, factors)
     log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
-    with _track.run(params, afterwards=True) as run, replacing_folder(OUT) as out:
+    with _track.run(params, afterwards=train.weights_sha256()) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
             rows = draw(samplers, n, params)
             judge(rows, extractor, n, params)
@@ -184,6 +185,10 @@ def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
                 axes.annotate(text, (each[key], each["fid"]), (4, 5), textcoords="offset points", fontsize=7)
             axes.set(xscale="log", yscale="log", xlabel=below)
             axes.margins(0.12)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
         figure.axes[0].set_ylabel(f"FID of {n:,} images")
         figure.axes[0].legend(fontsize=7)
         figure.savefig(path, dpi=130)

@@ -107,6 +107,7 @@ def complete(run: _track.Run) -> None:
     values = {f"eval/{name}": value for name, value in read_json(evaluate.OUT / "metrics.json").items()}
     run.metrics(values | ({"features/test_accuracy": info["test_accuracy"]} if info["labelled"] else {}))
     run.image(np.asarray(Image.open(sample.OUT / "grid.png")), "samples", drawn["step"])
+    run.trained(train.weights_sha256())
     run.tags({f"dvc.{path}": digest for path, digest in dvc_hashes().items()})
     run.artifact(schedule.OUT)
     for name in ("loss", "loss_per_level") if trained else ():

@@ -84,7 +84,7 @@ def chosen() -> dict[str, Any]:
     if not path.is_file():
         raise StageError(f"{path} does not exist: write it with `dvc repro select`")
     content: dict[str, Any] = read_json(path)
-    if content["rule"] == "last" and content["sha256"] != read_json(train.OUT / "model.json")["sha256"]["ema"]:
+    if content["rule"] == "last" and content["sha256"] != train.weights_sha256():
         raise StageError(f"{path} is of another training than out/train: write it anew with `dvc repro select`")
     return content
 

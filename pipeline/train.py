@@ -35,7 +35,17 @@ from ncsn.training import Objective, TrainState, accumulate_gradients, data_orde
 from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log
-from pipeline._store import Folder, Store, code_digest, fingerprint, replacing_folder, sha256, store, write_json
+from pipeline._store import (
+    Folder,
+    Store,
+    code_digest,
+    fingerprint,
+    read_json,
+    replacing_folder,
+    sha256,
+    store,
+    write_json,
+)
 
 OUT = Path("out/train")
 PREVIEW = 25  # images
@@ -117,6 +127,7 @@ def main(params: _params.Params) -> None:
                 kept = [f"step {step}" for step in _checkpoints.steps(folder)] or ["none"]
                 raise StageError(f"{error}; last good checkpoint: {kept[0]} in {folder.uri}") from error
         publish(job, name)
+        run.trained(weights_sha256())
         run.artifact(OUT / "loss.csv", "train")
         run.artifact(OUT / "loss_per_level.csv", "train")
 
@@ -651,6 +662,11 @@ def write_model(folder: Path, ema: dict[str, Tensor], initial: dict[str, Tensor]
     hashes = {kind: sha256(folder / f"{kind}.safetensors") for kind in ("ema", "initial")}
     parameters = sum(value.numel() for value in initial.values())
     write_json(folder / "model.json", about | {"parameters": parameters, "sha256": hashes})
+
+
+def weights_sha256() -> str:
+    """Of the averaged weights in out/train."""
+    return str(read_json(OUT / "model.json")["sha256"]["ema"])
 
 
 def write_curves(curves: Tensor, folder: Path) -> None:

@@ -19,7 +19,7 @@ class Recorder:
     files: list[Path] = field(default_factory=list)
 
     @contextmanager
-    def run(self, params: _params.Params, *, afterwards: bool = False) -> Iterator["Recorder"]:
+    def run(self, params: _params.Params, *, afterwards: str | None = None) -> Iterator["Recorder"]:
         yield self
 
     def metrics(self, values: dict[str, float]) -> None:
@@ -27,6 +27,9 @@ class Recorder:
 
     def artifact(self, path: Path, folder: str) -> None:
         self.files += sorted(Path(folder, file.name) for file in (path.iterdir() if path.is_dir() else [path]))
+
+    def trained(self, weights: str) -> None:
+        assert len(weights) == 64
 
     def tables(self, *paths: str) -> None:
         assert {Path(path) for path in paths} <= set(self.files)

@@ -64,6 +64,9 @@ class Recorder:
     def tables(self, *paths: str) -> None:
         self.values["tables"] = paths
 
+    def trained(self, weights: str) -> None:
+        self.values["weights"] = weights
+
     def finish(self) -> None:
         self.values["finished"] = True
 
@@ -331,6 +334,7 @@ def test_fetched_weights_are_said_to_be_so_and_need_no_curves(
     write_text(report.OUT, content)
     report.complete(recorder)
     assert "history" not in recorder.values
+    assert recorder.values["weights"] == model["sha256"]["ema"]
 
 
 @pytest.mark.parametrize(("loss", "square"), [("ssm", "½ (v·s)²"), ("ssm_vr", "½ ‖s‖²")])

@@ -116,23 +116,29 @@ def test_a_run_goes_on_until_it_is_finished(database):
     assert len(_runs(_client())) == 2
 
 
-def test_what_comes_afterwards_joins_the_run_and_leaves_its_status(database):
+def test_what_comes_afterwards_joins_the_run_of_the_weights_and_leaves_its_status(database):
     with _track.run(database) as run:
+        run.trained("abc")
         run.finish()
-    with _track.run(database, afterwards=True) as again:
+    other = dataclasses.replace(database, evaluate=dataclasses.replace(database.evaluate, seed=5))
+    with _track.run(other, afterwards="abc") as again:
         again.metrics({"a": 3}, 1)
-    with pytest.raises(ZeroDivisionError), _track.run(database, afterwards=True):
+    with pytest.raises(ZeroDivisionError), _track.run(database, afterwards="abc"):
         raise ZeroDivisionError
     (found,) = _runs(client := _client())
     assert (again.start, found.info.status) == (run.start, "FINISHED")
     assert _history(client, found, "a") == [(1, 3.0)]
-    with _track.run(database):  # of a graph that runs anew
-        pass
-    assert len(_runs(client)) == 2
-    with _track.run(database, afterwards=True) as again:
+    assert found.data.params["evaluate.seed"] == str(database.evaluate.seed)
+    with _track.run(other) as run:  # of a graph that runs anew with the same network, and is not yet at its end
+        run.trained("abc")
+    with _track.run(database, afterwards="abc") as again:
         again.metrics({"a": 4}, 1)
     newest = max(_runs(client), key=lambda each: each.info.start_time)
     assert (newest.info.status, _history(client, newest, "a")) == ("RUNNING", [(1, 4.0)])
+    for _ in range(2):  # where no run is of these weights there is one from then on
+        with _track.run(database, afterwards="def"):
+            pass
+    assert len(_runs(client)) == 3
 
 
 def test_other_parameters_make_another_run_and_where_it_runs_does_not(database):
