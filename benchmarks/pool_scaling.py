@@ -47,7 +47,7 @@ def measure(problem: Problem, *, workers: int, steps: int, repeats: int) -> dict
                     drawn = _shards.draw(
                         {"ema": order}, dataclasses.replace(runtime, actors=pool, gpus_per_actor=share)
                     )
-                    rates["drawing"][pool].append(pool * order.n * steps / drawn.seconds["ema"])
+                    rates["drawing"][pool].append(pool * order.n * steps / _shards.seconds(order, runtime))
                     rates["whole"][pool].append(drawn.pace * steps)
     ratios = {kind: [b / a for a, b in zip(found[1], found[workers], strict=True)] for kind, found in rates.items()}
     return {

@@ -1,7 +1,7 @@
 """What determines an image, and the network that draws it."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ class Sampler:
     @property
     def nfe(self) -> int:
         """Network evaluations an image."""
-        L, T = self.schedule["L"], self.schedule["steps_per_level"]
-        return int((L - 1 if self.method == "consistent" else L) * T + self.denoise)
+        return evaluations(self.method, self.schedule, self.denoise)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,6 +86,11 @@ class Sampler:
             "code": code_digest(*CODE),
         }
         return f"sample-{fingerprint(identity)}"
+
+
+def evaluations(method: str, levels: Mapping[str, Any], denoise: bool) -> int:
+    """Of the network, for an image: one a step, and one to denoise; consistent steps lead from level to level."""
+    return int((levels["L"] - (method == "consistent")) * levels["steps_per_level"] + denoise)
 
 
 def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256: str, step: int, seed: int) -> Sampler:

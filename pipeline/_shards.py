@@ -1,7 +1,7 @@
 """Images in fixed blocks of numbers, drawn by a pool of Ray workers into a store, each once.
 
 A block is shard_000000_000100.npy, uint8 (n, C, H, W), with its hash in a .json file beside it, which is written last:
-without it a shard does not count. Who draws a shard, and when, does not change it.
+without it a shard does not count. Who draws a shard, and when, does not change it. How long it took is in the file too.
 """
 
 import functools
@@ -55,21 +55,17 @@ class Drawn:
     Args:
         frames: Those that were ordered, by name.
         pace: Images drawn each second by all workers, 0 if all were there.
-        seconds: That workers spent on the images drawn now, by name.
-        count: How many these were.
         failed: Why those that failed did, by name.
     """
 
     frames: dict[str, list[Tensor]]
     pace: float
-    seconds: dict[str, float]
-    count: dict[str, int]
     failed: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Makes the function of a worker: from a name and a block to a shard's seconds, or without a block to frames;
+    """Makes the function of a worker: from a name and a block to None, or without a block to frames;
     where failing is tolerated, to the reason."""
 
     orders: Mapping[str, Order]
@@ -78,7 +74,7 @@ class _Pool:
     runtime: _params.Runtime
     tolerant: bool
 
-    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | float | str]:
+    def __call__(self) -> Callable[[tuple[str, Block | None]], list[Tensor] | str | None]:
         # One network at a time: orders come one after the other.
         @functools.lru_cache(1)
         def model(name: str) -> Model:
@@ -87,7 +83,7 @@ class _Pool:
 
         alike = _alike(self.orders)
 
-        def work(job: tuple[str, Block | None]) -> list[Tensor] | float | str:
+        def work(job: tuple[str, Block | None]) -> list[Tensor] | str | None:
             name, block = job
             order = self.orders[name]
             drawer = Drawer(order.sampler, model(alike[name]))
@@ -100,9 +96,8 @@ class _Pool:
                 if self.tolerant:
                     return str(error)
                 raise
-            seconds = time.monotonic() - start
-            write(self.storage / order.sampler.name, block, x)
-            return seconds
+            write(self.storage / order.sampler.name, block, x, time.monotonic() - start)
+            return None
 
         return work
 
@@ -130,18 +125,16 @@ def draw(orders: Mapping[str, Order], runtime: _params.Runtime, *, tolerant: boo
     total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
     needed = {_alike(orders)[name] for name, _ in jobs}
     weights = {name: _ray.put(orders[name].weights.read_bytes()) for name in needed}
-    frames, failed, seconds, start = {}, {}, dict.fromkeys(orders, 0.0), time.monotonic()
+    frames, failed, start = {}, {}, time.monotonic()
     with _stage.StopSignals(), _stage.progress(total, "image", "draw", total - left) as bar:
         for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime, tolerant), jobs, runtime):
             if isinstance(found, str):
                 failed[name] = found
-            elif block is None:
+            elif found is not None:
                 frames[name] = found
             else:
                 bar.update(block[1] - block[0])
-                seconds[name] += found
-    count = {name: sum(last - first for first, last in blocks) for name, blocks in todo.items()}
-    return Drawn(frames, left / (time.monotonic() - start), seconds, count, failed)
+    return Drawn(frames, left / (time.monotonic() - start), failed)
 
 
 def missing(order: Order, storage: Store) -> list[Block]:
@@ -154,13 +147,14 @@ def missing(order: Order, storage: Store) -> list[Block]:
     return [block for block in order.blocks if not sound.get(block)]
 
 
-def write(place: Store, block: Block, x: np.ndarray) -> None:
-    """Store a shard: its images, uint8, then their hash."""
+def write(place: Store, block: Block, x: np.ndarray, seconds: float) -> None:
+    """Store a shard: its images, uint8, then their hash, and how long it took to draw them."""
     file = io.BytesIO()
     np.save(file, x)
     content = file.getvalue()
     place.write(_name(block), content)
     about = {"first": block[0], "last": block[1] - 1, "sha256": hashlib.sha256(content).hexdigest()}
+    about["seconds"] = round(seconds, 4)
     place.write(_note(block), (json.dumps(about, indent=2) + "\n").encode())
 
 
@@ -170,6 +164,12 @@ def load(order: Order, runtime: _params.Runtime) -> np.ndarray:
     with ThreadPoolExecutor(READERS) as pool:
         parts = pool.map(lambda block: np.load(io.BytesIO(_sound(place, block))), order.blocks)
         return np.concatenate(list(parts))
+
+
+def seconds(order: Order, runtime: _params.Runtime) -> float:
+    """What the workers spent on the shards of an order that was drawn, added up."""
+    place = store(runtime.storage) / order.sampler.name
+    return float(sum(json.loads(place.read(_note(block)))["seconds"] for block in order.blocks))
 
 
 def publish(order: Order, runtime: _params.Runtime, folder: Path, about: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.training import update
 from pipeline import _extractors, _params, _ray, _reference, _stage, evaluate, prepare, sample, schedule, train
-from pipeline._sampler import Drawer, Model, Sampler
+from pipeline._sampler import Drawer, Model, Sampler, evaluations
 from pipeline._stage import StageError, log
 from pipeline._store import store
 
@@ -102,7 +102,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     """
     splits, levels, p = prepare.manifest()["splits"], schedule.load(), params.train
     workers, slots = _ray.most(params.runtime.workers), _slots()
-    nfe = levels["L"] * levels["steps_per_level"] + params.sample.denoise
+    nfe = evaluations(params.sample.method, levels, params.sample.denoise)
     yardstick = min(params.sample.n, splits["test"]["n"], sample.YARDSTICK)
 
     log.info("timing training")
@@ -124,10 +124,16 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     steps = p.steps * training.step
     beside = (1 + p.steps // p.save_every) * training.save + p.steps // p.preview_every * training.preview
     rows = [Row(f"train: {p.steps:,} steps of {p.batch_size}", steps + beside, steps / workers + beside, training.peak)]
+    drawn: dict[str, list[int]] = {}
+    kept = kept_at_the_end(params)
+    if params.select.rule == "fid":
+        drawn[f"select: {kept} times {params.select.n:,} images"] = [params.select.n] * kept
     for n in (params.sample.n, MANY):
-        shards = [-(-each // params.sample.shard_size) for each in (n, yardstick)]
-        one, all_of_them = (-(-sum(shards) // (slots * count)) * nfe * drawing.step for count in (1, workers))
-        rows.append(Row(f"sample: {n:,} images, NFE {nfe:,}", one, all_of_them, drawing.peak))
+        drawn[f"sample: {n:,} images, NFE {nfe:,}"] = [n, yardstick]
+    for name, images in drawn.items():
+        shards = sum(-(-n // params.sample.shard_size) for n in images)
+        one, all_of_them = (-(-shards // (slots * count)) * nfe * drawing.step for count in (1, workers))
+        rows.append(Row(name, one, all_of_them, drawing.peak))
     if judging is not None:
         for n in (params.sample.n, MANY):
             seconds = judged(judging, n, splits["train"]["n"], yardstick)
@@ -138,7 +144,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
         "rows": [dataclasses.asdict(row) for row in rows],
         "checkpoint": {
             "bytes": training.checkpoint,
-            "kept": params.runtime.keep + 2,
+            "kept": kept + 1,  # and one that is being written
             "storage": params.runtime.storage,
         },
         "images_per_second": p.batch_size / training.step,
@@ -172,6 +178,14 @@ def table(found: dict[str, Any]) -> str:
         + (", time that of workers that are all like this machine and never wait." if workers > 1 else ".")
     )
     return "\n".join(lines)
+
+
+def kept_at_the_end(params: _params.Params) -> int:
+    """How many checkpoints a training leaves at most, which `select` chooses from: the newest, milestones, the best."""
+    p = params.train
+    saved = [*range(p.save_every, p.steps, p.save_every), p.steps]
+    milestones = [step for step in saved if p.keep_every and step % p.keep_every == 0]
+    return min(len(saved), len({*saved[-params.runtime.keep :], *milestones}) + 1)
 
 
 def duration(seconds: float) -> str:

@@ -72,8 +72,8 @@ def settings(base: Sampler, steps: list[int], factors: list[float]) -> list[Samp
 
 
 def draw(samplers: list[Sampler], n: int, params: _params.Params) -> list[dict[str, Any]]:
-    """Draw the images of all settings, within a cluster. The seconds are those of one worker for an image, None if all
-    were there; those that fail say why."""
+    """Draw the images of all settings, within a cluster. The seconds are those of one worker for an image, whenever it
+    drew it; settings that fail say why."""
     rows, orders = {}, {}
     for each in samplers:
         row = {"method": each.method, "T": each.schedule["steps_per_level"], "epsilon": each.schedule["epsilon"]}
@@ -83,8 +83,8 @@ def draw(samplers: list[Sampler], n: int, params: _params.Params) -> list[dict[s
         orders[name] = _shards.Order(each, sample.weights("ema"), n, params.sample.shard_size)
     drawn = _shards.draw(orders, params.runtime, tolerant=True)
     for name, row in rows.items():
-        count, reason = drawn.count[name], drawn.failed.get(name)
-        seconds = drawn.seconds[name] / count if count and not reason else None
+        reason = drawn.failed.get(name)
+        seconds = None if reason else _shards.seconds(orders[name], params.runtime) / n
         row |= {"seconds": seconds, "fid": None, "reason": reason, "order": orders[name]}
         if reason:
             log.warning("%s: %s", name, reason)
@@ -171,16 +171,15 @@ def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
         ):
             for k, (method, title) in enumerate(TITLES.items()):
                 for denoise in (True, False):
-                    some = [e for e in drawn if (e["method"], e["denoise"]) == (method, denoise) and e[key] is not None]
+                    some = [e for e in drawn if (e["method"], e["denoise"]) == (method, denoise)]
                     if some:
                         style = {
                             "mfc": f"C{k}" if denoise else "none",
                             "label": title + ("" if denoise else ", not denoised"),
                         }
                         axes.plot([e[key] for e in some], [e["fid"] for e in some], "o", ms=5, color=f"C{k}", **style)
-            line = [each for each in best if each[key] is not None]
-            axes.plot([e[key] for e in line], [e["fid"] for e in line], color="0.6", lw=1, zorder=0, label="frontier")
-            for each in line:
+            axes.plot([e[key] for e in best], [e["fid"] for e in best], color="0.6", lw=1, zorder=0, label="frontier")
+            for each in best:
                 text = f"T = {each['T']}, {each['epsilon']:.2g}"
                 axes.annotate(text, (each[key], each["fid"]), (4, 5), textcoords="offset points", fontsize=7)
             axes.set(xscale="log", yscale="log", xlabel=below)

@@ -79,6 +79,30 @@ def test_rows_multiply_what_was_timed_and_nothing_is_left_behind(prepared, capsy
     assert "evaluate: out/features/classifier.json does not exist" in text
 
 
+def test_selecting_a_checkpoint_is_counted(prepared):
+    params = prepared("select.rule=fid", "select.n=40", "train.steps=10", "sample.method=consistent")
+    found = estimate.estimate(params)
+    _, select, some, _ = found["rows"]
+    assert select["what"] == "select: 3 times 40 images"  # of steps 4, 8 and 10
+    assert found["checkpoint"]["kept"] == 4
+    assert some["what"] == "sample: 40 images, NFE 7"  # 3 levels below the first, of 2 steps, and the denoising step
+    shards, slots = 9, found["timed"]["drawing"]["slots"]
+    assert select["one"] == pytest.approx(-(-shards // slots) * 7 * found["timed"]["drawing"]["step"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (("train.steps=40",), 3),  # the last two and the best
+        (("train.steps=40", "train.keep_every=8"), 7),  # 8, 16, 24, 32, 40, 36 and the best
+        (("train.steps=41", "train.keep_every=4"), 11),  # all, and the last
+        (("train.steps=3",), 1),
+    ],
+)
+def test_checkpoints_that_stay_are_counted(compose_params, overrides, count):
+    assert estimate.kept_at_the_end(compose_params("experiment=tiny", "runtime.keep=2", *overrides)) == count
+
+
 @pytest.mark.parametrize("overrides", [("model=ncsn",), ("train.space=logits",), ("loss=ssm_vr",)], ids=str)
 def test_other_networks_spaces_and_losses_are_timed(prepared, overrides):
     params = prepared(*overrides)

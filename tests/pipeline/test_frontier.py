@@ -62,4 +62,5 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     assert "frontier/frontier.png" in map(str, recorder.files)
     again = frontier.draw(frontier.settings(sample.make_sampler(params, "ema"), [1], [0.5]), 8, params)
     assert len(again) == len(rows) - 1
-    assert all(each["seconds"] is None for each in again)  # all were there
+    told = {frontier.words(each): each["seconds"] for each in rows}
+    assert all(each["seconds"] == told[frontier.words(each)] for each in again)  # all were there

@@ -68,7 +68,7 @@ def _close(a, b):
 def _write_all(order, drawer, runtime):
     place = store(runtime.storage) / order.sampler.name
     for block in order.blocks:
-        _shards.write(place, block, drawer.draw(torch.arange(*block)).numpy())
+        _shards.write(place, block, drawer.draw(torch.arange(*block)).numpy(), seconds=1.0)
     return place
 
 
@@ -255,12 +255,14 @@ def test_ray_workers_draw_the_same_shards_and_survive_a_kill(order, drawer, runt
     with _ray.cluster(runtime):
         drawn = _shards.draw(orders, remote)
         assert drawn.pace > 0
-        assert drawn.count == {"ema": 10, "other": 6}
-        assert min(drawn.seconds.values()) > 0
+        seconds = [_shards.seconds(each, remote) for each in orders.values()]
+        assert min(seconds) > 0
         place = store(s3.STORAGE) / order.sampler.name
         place.write("shard_000004_000008.npy", b"not an array")
         caplog.clear()
         _shards.draw(orders, remote)
+        again = [_shards.seconds(each, remote) for each in orders.values()]
+        assert [a == b for a, b in zip(seconds, again, strict=True)] == [False, True]  # of which one shard is new
         assert "ema: 10 images, 9 NFE each, 6 there already" in caplog.text
         assert "other: 6 images, 9 NFE each, 6 there already" in caplog.text
         squares = dict(_ray.shards(_killed_once(tmp_path), [0, 1, 2, 3, 4], runtime))
