@@ -70,7 +70,7 @@ class _Pool:
 
     orders: Mapping[str, Order]
     weights: Mapping[str, _ray.Shared]  # by name
-    storage: Store
+    places: Mapping[str, Store]  # likewise; found by the driver, since nodes may have no sources to hash
     runtime: _params.Runtime
     tolerant: bool
 
@@ -96,7 +96,7 @@ class _Pool:
                 if self.tolerant:
                     return str(error)
                 raise
-            write(self.storage / order.sampler.name, block, x, time.monotonic() - start)
+            write(self.places[name], block, x, time.monotonic() - start)
             return None
 
         return work
@@ -116,18 +116,19 @@ def draw(orders: Mapping[str, Order], runtime: _params.Runtime, *, tolerant: boo
     """
     storage = store(runtime.storage)
     storage.check()
+    places = {name: storage / order.sampler.name for name, order in orders.items()}
     todo = {name: missing(order, storage) for name, order in orders.items()}
     for name, order in orders.items():
         there = order.n - sum(last - first for first, last in todo[name])
         what = f"{order.n:,} images, {order.sampler.nfe:,} NFE each" + (f", {there:,} there already" if there else "")
-        log.info("%s: %s, in %s", name, what, (storage / order.sampler.name).uri)
+        log.info("%s: %s, in %s", name, what, places[name].uri)
     jobs = [(name, block) for name in orders for block in [*todo[name], *([None] if orders[name].frames else [])]]
     total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
     needed = {_alike(orders)[name] for name, _ in jobs}
     weights = {name: _ray.put(orders[name].weights.read_bytes()) for name in needed}
     frames, failed, start = {}, {}, time.monotonic()
     with _stage.StopSignals(), _stage.progress(total, "image", "draw", total - left) as bar:
-        for (name, block), found in _ray.shards(_Pool(orders, weights, storage, runtime, tolerant), jobs, runtime):
+        for (name, block), found in _ray.shards(_Pool(orders, weights, places, runtime, tolerant), jobs, runtime):
             if isinstance(found, str):
                 failed[name] = found
             elif found is not None:

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, _params, _ray, s3, train
+from pipeline import _checkpoints, _params, _ray, evaluate, s3, train
 from pipeline._store import Bucket, read_json, store
 from pipeline.compose import compose
 from tests.clones import ROOT, repository, run
@@ -23,7 +24,7 @@ STORAGE = f"runtime.storage={s3.STORAGE}"
 
 
 @pytest.mark.root
-def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, on_s3):
+def test_workers_that_see_neither_code_nor_data_work_as_one_here_does(inside, on_s3):
     settings = ["train.steps=300", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
     hidden = [inside, ROOT / "ncsn", ROOT / "pipeline"]
     cover = " && ".join(f"mount -t tmpfs none {folder}" for folder in hidden)
@@ -44,6 +45,11 @@ def test_workers_that_see_neither_code_nor_data_train_as_one_here_does(inside, o
             stage.told("trying again")
             on_s3.start()
             stage.ends()
+        for name in ("select", "features", "sample", "evaluate"):
+            command = [sys.executable, "-m", f"pipeline.{name}", "--params", "remote.yaml"]
+            done = run(*command, cwd=inside, RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled", **on_s3.client)
+            assert done.returncode == 0, done.stdout
+    assert read_json(evaluate.OUT / "metrics.json")["fid_digits_40"] > 0
     assert "well again" in stage.printed()
     assert on_s3.client["AWS_SECRET_ACCESS_KEY"] not in stage.printed()
     assert not (inside / "runs").exists() or not list((inside / "runs").glob("train-*"))
