@@ -5,6 +5,7 @@ import os
 import signal
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline import _params, prepare, sample, schedule, select, train
@@ -39,7 +40,9 @@ def test_what_is_finished_is_never_drawn_again_whoever_dies(trained, inside):
         stage.until(lambda: len(stage.shards()) >= 1)
         stage.workers("ray::_Actor")[0].kill()
         stage.until(lambda: len(stage.shards()) >= 4)
+        workers = stage.workers("ray::_Actor")
         stage.kill()
+        psutil.wait_procs(workers)  # which may yet finish a shard
     finished = stage.shards()
     assert 4 <= len(finished) < N * RANGES / SHARD
     damaged = min(finished)
