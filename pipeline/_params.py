@@ -55,6 +55,12 @@ def _workers() -> Any:
     )
 
 
+def _list(allowed: str, holds: Callable[[Any], bool], kind: type = float) -> Any:
+    """A list of values of one kind, each of which satisfies `holds`."""
+    kinds = (int, float) if kind is float else (kind,)
+    return _rule(f"a list of {allowed}", lambda values: all(type(each) in kinds and holds(each) for each in values))
+
+
 def _multipliers() -> Any:
     return _rule(
         "whole numbers >= 1, as in [1, 2, 2]",
@@ -159,12 +165,16 @@ class Select:
 
 @dataclass(frozen=True)
 class Sample:
-    """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured."""
+    """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured.
+
+    `snr` holds each step's signal-to-noise ratio; null leaves the step sizes to noise.epsilon.
+    """
 
     n: int = _whole(1)
     ranges: int = _whole(1)
     shard_size: int = _whole(1)
     method: str = _one_of("annealed_langevin", "consistent")
+    snr: float | None = _positive()
     denoise: bool = _rule("true or false")
     precision: str = _one_of("fp32", "tf32", "bf16")
     seed: int = _seed()
@@ -177,6 +187,27 @@ class Evaluate:
     extractor: str = _one_of("auto", "classifier", "inception-v3-compat")
     inception_weights: str | None = _rule("a path")
     seed: int = _seed()
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A sweep: of networks to train (sigma_1, sigma_L, L; an empty list means as `noise` has it), and for each of them
+    of ways to draw with it. `epsilon` is in units of sigma_L^2."""
+
+    search: str = _one_of("grid", "random", "tpe")
+    scheduler: str = _one_of("none", "asha")
+    trials: int = _whole(1)
+    steps: int = _whole(1)
+    seed: int = _seed()
+    n: int = _whole(4)
+    sigma_1: tuple[float, ...] = _list("numbers > 0", lambda value: 0 < value < float("inf"))
+    sigma_L: tuple[float, ...] = _list("numbers > 0", lambda value: 0 < value < float("inf"))
+    L: tuple[int, ...] = _list("whole numbers >= 2", lambda value: value >= 2, int)
+    epsilon: tuple[float, ...] = _list("numbers > 0 and < 2, in units of sigma_L^2", lambda value: 0 < value < 2)
+    snr: tuple[float, ...] = _list("numbers > 0", lambda value: 0 < value < float("inf"))
+    steps_per_level: tuple[int, ...] = _list("whole numbers >= 1", lambda value: value >= 1, int)
+    denoise: tuple[bool, ...] = _list("true or false", lambda value: True, bool)
+    consistent: bool = _rule("true or false")
 
 
 @dataclass(frozen=True)
@@ -200,6 +231,8 @@ class Runtime:
     ray_address: str | None = _rule("host:port of a Ray cluster")
     tracking_uri: str = _rule("an MLflow tracking URI; the variable MLFLOW_TRACKING_URI takes precedence")
     experiment: str = _rule("a name", lambda value: bool(value))
+    parent_run: str | None = _rule("the id of an MLflow run, whose child each run becomes", lambda value: value != "")
+    trials: int | None = _whole(1)
 
 
 @dataclass(frozen=True)
@@ -215,6 +248,7 @@ class Params:
     select: Select
     sample: Sample
     evaluate: Evaluate
+    tune: Tune
     runtime: Runtime
 
 
@@ -290,12 +324,33 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
         )
+    if params.sample.snr is not None and params.sample.method != "annealed_langevin":
+        raise ParamsError(
+            f"sample.snr={params.sample.snr}: expected null with sample.method={params.sample.method}, whose steps "
+            "follow from noise.epsilon"
+        )
     if params.noise.epsilon is not None and params.noise.epsilon >= (limit := 2 * params.noise.sigma_L**2):
         raise ParamsError(
             f"noise.epsilon={params.noise.epsilon}: expected less than 2 noise.sigma_L^2 = {limit:.4g}, from which on "
             "Langevin steps diverge"
         )
+    _check_tune(params.tune, params.noise)
     return params
+
+
+def _check_tune(tune: Tune, noise: Noise) -> None:
+    """Raise ParamsError for a sweep that has trials which cannot be."""
+    if not tune.steps_per_level:
+        raise ParamsError("tune.steps_per_level=[]: expected at least one whole number >= 1")
+    if not tune.denoise:
+        raise ParamsError("tune.denoise=[]: expected true, false or both")
+    if not (tune.epsilon or tune.snr or tune.consistent):
+        raise ParamsError("tune.epsilon=[]: expected a number at least, or tune.snr or tune.consistent")
+    greatest = max(tune.sigma_L or (noise.sigma_L,))
+    if tune.sigma_1 and min(tune.sigma_1) <= greatest:
+        raise ParamsError(f"tune.sigma_1={list(tune.sigma_1)}: expected more than the greatest sigma_L, {greatest:g}")
+    if tune.sigma_L and noise.sigma_1 is not None and not tune.sigma_1 and noise.sigma_1 <= greatest:
+        raise ParamsError(f"tune.sigma_L={list(tune.sigma_L)}: expected less than noise.sigma_1={noise.sigma_1:g}")
 
 
 def result(params: Params, *sections: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pipeline._store import Bucket, Folder, store
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTEN_INTERVAL = 0.5  # seconds between looks into the mailbox
+HERE = "NCSN_CLUSTER_IS_LOCAL"
 OBJECT_LIMIT = 2**30  # bytes from which on data does not go through Ray's object store
 LONGEST = timedelta(days=1)  # that workers wait for each other; for one that died they do not wait
 ANSWER = 25.0  # seconds within which the workers should say that they stop
@@ -84,7 +85,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
     if address := _address(runtime):
         code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
         try:
-            ray.init(address, logging_level=logging.WARNING, runtime_env=code)
+            ray.init(address, logging_level=logging.WARNING, runtime_env=None if _here() else code)
         except (ConnectionError, ValueError) as error:
             told = " ".join(str(error).split())
             raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
@@ -179,7 +180,7 @@ def share(path: Path, digest: str, runtime: _params.Runtime) -> Shared:
     A local cluster reads the file. On another one it goes through Ray's object store, or, from OBJECT_LIMIT bytes on,
     through runtime.storage, from where each node takes a copy to its disk.
     """
-    if not _address(runtime):
+    if not _address(runtime) or _here():
         return Shared(path=path.resolve())
     if path.stat().st_size < OBJECT_LIMIT:
         return Shared(reference=ray.put(np.load(path)))
@@ -350,6 +351,133 @@ class _Poll:
         return self.answer
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What became of one trial of a sweep.
+
+    Args:
+        name: Of its folder.
+        setting: What was tried.
+        last: What it has reported last, or nothing.
+        error: Why it failed, or None.
+    """
+
+    name: str
+    setting: dict[str, float]
+    last: dict[str, Any]
+    error: str | None
+
+
+def sweep(
+    trial: Callable[[str, dict[str, float], Callable[[dict[str, Any]], None]], None],
+    axes: dict[str, tuple[float, ...]],
+    plan: _params.Tune,
+    runtime: _params.Runtime,
+    folder: Path,
+    first_rung: int,
+) -> list[Trial]:
+    """Run trial(name, setting, report) by Ray Tune for many settings, within `cluster`; trials fail alone.
+
+    The same call with the same folder goes on where an earlier one ended.
+
+    Args:
+        trial: Reports {"step": ..., "fid": ...}, the last of them at the end; it runs on this node, takes no CPU of the
+            cluster and starts what does.
+        axes: The values of each part of a setting; a grid of them, or log-uniform from the least to the greatest,
+            whole numbers where all are whole.
+        plan: Search, scheduler, trials, seed and steps.
+        runtime: Its trials and workers.
+        folder: For Tune's own notes: pickles, so nobody else may write there.
+        first_rung: The step after which, and after twice and four times as many, asha may stop a trial.
+
+    Raises:
+        StageError: If the cluster is too small for one trial.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are in what is returned
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the older output can be silent
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+
+    room = trainings(runtime)
+    at_once = min(runtime.trials or room, room)
+
+    def trainable(config: dict[str, float]) -> None:  # travels by value: what it imports is up to `trial`
+        from ray import tune
+
+        trial(tune.get_context().get_trial_id(), config, tune.report)
+
+    here = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
+    bound = tune.with_resources(trainable, here)
+    if plan.search == "grid":
+        space, trials = {key: tune.grid_search(list(values)) for key, values in axes.items()}, 1
+    else:
+        space, trials = {key: _between(values, tune) for key, values in axes.items()}, plan.trials
+    if plan.search == "tpe":
+        from ray.tune.search.optuna import OptunaSearch
+
+        search: Any = ConcurrencyLimiter(OptunaSearch(metric="fid", mode="min", seed=plan.seed), at_once)
+    else:
+        search = BasicVariantGenerator(max_concurrent=at_once, random_state=plan.seed)
+    scheduler = (
+        ASHAScheduler(time_attr="step", max_t=plan.steps, grace_period=first_rung, reduction_factor=2)
+        if plan.scheduler == "asha"
+        else FIFOScheduler()
+    )
+    if tune.Tuner.can_restore(folder / "tune"):
+        log.info("going on with the sweep in %s", folder)
+        tuner = tune.Tuner.restore(str(folder / "tune"), trainable=bound, param_space=space)
+    else:
+        tuner = tune.Tuner(
+            bound,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="fid",
+                mode="min",
+                num_samples=trials,
+                search_alg=search,
+                scheduler=scheduler,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=0),
+        )
+    found = tuner.fit()
+    return [
+        Trial(Path(each.path).name, each.config or {}, each.metrics or {}, _reason(each.error) if each.error else None)
+        for each in found
+    ]
+
+
+def trainings(runtime: _params.Runtime) -> int:
+    """How many trainings with runtime.workers have room in the cluster side by side, within `cluster`.
+
+    Raises:
+        StageError: If not even one has, which would wait for ever.
+    """
+    workers, kind = most(runtime.workers), "GPU" if _gpus() else "CPU"
+    there = ray.cluster_resources().get(kind, 0)
+    if there < workers:
+        raise StageError(
+            f"runtime.workers={runtime.workers}: a trial needs {workers} {kind}s, the cluster has {there:g}: lower it, "
+            "or wait for more nodes"
+        )
+    return int(there) // workers
+
+
+def _between(values: tuple[float, ...], tune: Any) -> Any:
+    """A value from the least to the greatest, log-uniform; a whole number where all are."""
+    low, high = min(values), max(values)
+    if low == high:
+        return low
+    return tune.lograndint(low, high + 1) if all(type(each) is int for each in values) else tune.loguniform(low, high)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error, which a trial raised."""
+    return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+
+
 def shards(
     make: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], runtime: _params.Runtime
 ) -> Iterator[tuple[Any, Any]]:
@@ -508,6 +636,17 @@ def _quieter() -> Callable[[], None]:
             logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel("ERROR")
 
     return quiet
+
+
+def address(runtime: _params.Runtime) -> dict[str, str]:
+    """The variables by which other programs on this machine find the cluster, within `cluster`."""
+    here = _here() or not _address(runtime)
+    return {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address), HERE: "1" if here else ""}
+
+
+def _here() -> bool:
+    """Whether the cluster at RAY_ADDRESS is a local one, which another program of ours has started."""
+    return bool(os.environ.get(HERE))
 
 
 def most(workers: int | tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ncsn import images, random, samplers
 from ncsn.inference import Evaluator, activation_bytes, micro_batch
 from ncsn.networks.ncsn import TOLERANCE
-from ncsn.noise import refined
+from ncsn.noise import refined, snr_rule
 from pipeline import _params, prepare, schedule, train
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint
@@ -43,6 +43,7 @@ class Sampler:
         denoise: Whether the final denoising step is taken.
         precision: "fp32", "tf32" or "bf16", of the network's products.
         seed: Of all noise.
+        snr: Of each step of annealed Langevin dynamics, in place of the schedule's epsilon; see `ncsn.noise.snr_rule`.
     """
 
     network: dict[str, Any]
@@ -56,6 +57,7 @@ class Sampler:
     denoise: bool
     precision: str
     seed: int
+    snr: float | None = None
 
     @property
     def nfe(self) -> int:
@@ -66,6 +68,8 @@ class Sampler:
     def settings(self) -> dict[str, Any]:
         """What manifests and passports say of it."""
         levels = {key: self.schedule[key] for key in LEVELS}
+        if self.snr is not None:
+            levels = levels | {"epsilon": None, "snr": self.snr}
         return {"name": self.method, **levels, "denoise": self.denoise, "precision": self.precision}
 
     @property
@@ -79,6 +83,7 @@ class Sampler:
             "schedule": {key: self.schedule[key] for key in ("sigmas", "epsilon", "steps_per_level")},
             "sample": {
                 "method": self.method,
+                "snr": self.snr,
                 "denoise": self.denoise,
                 "precision": self.precision,
                 "seed": self.seed,
@@ -125,6 +130,7 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
         denoise=params.sample.denoise,
         precision=params.sample.precision,
         seed=seed,
+        snr=params.sample.snr,
     )
 
 
@@ -224,7 +230,7 @@ class Drawer:
         index = index.to(self.device)
         start = self.to_space(random.start_images(s.seed, index, s.shape))
         settings: dict[str, Any] = {
-            "epsilon": s.schedule["epsilon"],
+            **({"step_rule": snr_rule(s.snr)} if s.snr else {"epsilon": s.schedule["epsilon"]}),
             "denoise": s.denoise,
             "noise": noise or random.seeded_noise(s.seed, index),
             "project": project,
@@ -241,8 +247,11 @@ class Drawer:
             T = s.schedule["steps_per_level"]
             x = samplers.annealed_langevin(self.model.score, start, self.sigmas, steps_per_level=T, **settings)
         if not x.isfinite().all():
-            raise StageError(
-                f"images are not finite with noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from "
-                f"2 sigma_L^2 = {2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner): lower it, then dvc repro"
+            what = (
+                f"sample.snr={s.snr:.4g}"
+                if s.snr
+                else f"noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from 2 sigma_L^2 = "
+                f"{2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner)"
             )
+            raise StageError(f"images are not finite with {what}: lower it, then dvc repro")
         return self.to_pixels(x)

@@ -92,7 +92,7 @@ def progress(total: int, unit: str, what: str, done: int = 0) -> "tqdm[Any]":
 def run(
     name: str,
     doc: str | None,
-    main: Callable[..., None],
+    main: Callable[..., object],
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
     """Run one stage as a program: parse the command line, load params.yaml, call main, exit non-zero on failure.

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 RESULT_SECTIONS = [field.name for field in dataclasses.fields(_params.Params) if field.name != "runtime"]
 KEY = "ncsn.fingerprint"
 WEIGHTS = "ncsn.weights"
+REASON = "ncsn.reason"  # why a run has failed or was stopped
 SPOOL = Path("runs/tracking")
 AGAIN = 10.0  # seconds until a server that was away is tried again
 QUICK = {
@@ -116,6 +117,12 @@ class Run:
         """Say which weights the run is of, by their hash, for what is done `afterwards` with them."""
         self.tags({WEIGHTS: weights})
 
+    @property
+    def id(self) -> str | None:
+        """Of MLflow's; None as long as no server has answered."""
+        found: str | None = read_json(Path(self.folder, "run.json")).get("id")
+        return found
+
     def finish(self) -> None:
         """Mark the run as complete; a later stage starts another one."""
         self._note("status", [["FINISHED", _now()]])
@@ -158,24 +165,26 @@ class Run:
 
 
 @contextmanager
-def run(params: _params.Params, *, afterwards: str | None = None) -> Iterator[Run]:
+def run(params: _params.Params, *, afterwards: str | None = None, sweep: str | None = None) -> Iterator[Run]:
     """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises.
 
     Args:
         params: Of the stage.
         afterwards: The hash of weights: join the newest run that they were `trained` in, whether or not it has ended,
             and leave its status as it is.
+        sweep: A name, for a run of its own that has the trials of this sweep below it.
 
     Raises:
         StageError: If the tracking store refuses us, or is a local one that cannot be used. A server that does not
             answer is only warned about.
     """
-    courier = _Courier(params, afterwards)
+    courier = _Courier(params, afterwards, sweep)
     current = courier.begin()
     try:
         yield current
     except BaseException as error:
         if afterwards is None:
+            current.tags({REASON: _line(error)})
             current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
     finally:
@@ -185,10 +194,10 @@ def run(params: _params.Params, *, afterwards: str | None = None) -> Iterator[Ru
 class _Courier(threading.Thread):
     """Sends what waits in a run's folder, and once what earlier runs have left behind, until it is closed."""
 
-    def __init__(self, params: _params.Params, afterwards: str | None) -> None:
+    def __init__(self, params: _params.Params, afterwards: str | None, sweep: str | None) -> None:
         super().__init__(name="tracking", daemon=True)
         self.uri = tracking_uri(params)
-        self.params, self.about = params, _about(self.uri, params, afterwards)
+        self.params, self.about = params, _about(self.uri, params, afterwards, sweep)
         name = fingerprint([self.about[key] for key in ("uri", "experiment", "key", "afterwards")])
         self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
         # A stage goes on in the folder of the last one if that still has something to say about the same run.
@@ -318,12 +327,15 @@ def revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _about(uri: str, params: _params.Params, afterwards: str | None) -> dict[str, Any]:
+def _about(uri: str, params: _params.Params, afterwards: str | None, sweep: str | None) -> dict[str, Any]:
     """What it takes to find or to start the run, as JSON."""
-    key = fingerprint([_params.result(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline")])
+    parent = params.runtime.parent_run
+    key = fingerprint([_params.result(params, *RESULT_SECTIONS), code_digest("ncsn", "pipeline"), parent, sweep])
     tags = {KEY: key, "mlflow.source.name": "dvc repro", "runtime.workers": str(params.runtime.workers)}
     if commit := revision():
         tags["mlflow.source.git.commit"] = commit
+    if parent is not None:
+        tags["mlflow.parentRunId"] = parent
     if name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = name
     # A database beside the project keeps its artifacts in the storage or beside it; a server says itself where they go.
@@ -335,7 +347,7 @@ def _about(uri: str, params: _params.Params, afterwards: str | None) -> dict[str
         "artifacts": beside if uri.startswith("sqlite:") else None,
         "key": key,
         "afterwards": afterwards,
-        "name": f"{params.data.name}-{params.model.name}-{key[:6]}",
+        "name": "-".join(filter(None, [params.data.name, params.model.name, sweep, key[:6]])),
         "tags": tags,
         "start": _now(),
     }
@@ -511,7 +523,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, InvalidUrlException) and (status >= 500 or status in (408, 429))
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     if re.match(r"API request to \S+ failed with (timeout )?exception", str(error)):
         return "no answer"
     text = re.sub("//[^/@ ]*@", "//", str(error)).strip() or type(error).__name__

@@ -1,14 +1,15 @@
 """Draw by several samplers and settings with one network, and show what quality costs.
 
 FID against network evaluations and against time, of annealed Langevin dynamics with several T and epsilon, with and
-without the denoising step, and of consistent annealed sampling with several refinements, all with the checkpoint that
-`select` has chosen. Reads what `sample` reads, and
-out/features; writes out/frontier: frontier.json, frontier.png and frontier.txt, whose last lines say which to pick.
+without the denoising step, with steps of a fixed signal-to-noise ratio, and of consistent annealed sampling with
+several refinements, all with the checkpoint that `select` has chosen. Reads what `sample` reads, and out/features;
+writes out/frontier: frontier.json, frontier.png and frontier.txt, whose last lines say which to pick.
 Images are drawn into runtime.storage, each once: the same command goes on where it stopped.
 """
 
 import argparse
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline._store import replacing_folder, write_json, write_text
 
 OUT = Path("out/frontier")
 CLOSE = 1.05  # FID that counts as no worse than the best: within 5 %
-TITLES = {"annealed_langevin": "annealed Langevin", "consistent": "consistent"}
+TITLES = {"annealed_langevin": "annealed Langevin", "snr": "annealed Langevin, SNR", "consistent": "consistent"}
 
 
 def main(params: _params.Params, *, n: int, steps: list[int], factors: list[float]) -> None:
@@ -41,7 +42,7 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
     log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
     with _track.run(params, afterwards=train.weights_sha256()) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
-            rows = draw(samplers, n, params)
+            rows = draw(samplers, sample.weights("ema"), n, params)
             judge(rows, extractor, n, params)
         rows.sort(key=lambda each: (each["nfe"], each["fid"] or math.inf))
         told = table(rows) + "\n\n" + advice(rows)
@@ -53,34 +54,55 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
 
 
 def settings(base: Sampler, steps: list[int], factors: list[float]) -> list[Sampler]:
-    """The samplers: T by epsilon for annealed Langevin dynamics, without denoising for the sampler's own T, and
-    consistent sampling with so many steps from level to level, at both ends of what epsilon may be and between."""
-
-    def changed(method: str, T: int, epsilon: float, denoise: bool = True) -> Sampler:
-        schedule = base.schedule | {"steps_per_level": T, "epsilon": epsilon}
-        return dataclasses.replace(base, method=method, schedule=schedule, denoise=denoise)
+    """The samplers: T by epsilon for annealed Langevin dynamics; for the sampler's own T without denoising and with the
+    signal-to-noise ratios that answer to these epsilons; and consistent sampling with so many steps from level to
+    level, at both ends of what epsilon may be and between."""
 
     own, square = base.schedule["epsilon"], base.schedule["sigmas"][-1] ** 2
-    T = base.schedule["steps_per_level"]
-    found = [changed("annealed_langevin", T, own * factor) for T in steps for factor in factors]
-    found += [changed("annealed_langevin", T, own), changed("annealed_langevin", T, own, denoise=False)]
-    for T in (1,) if "sigmas" in base.network else steps:
-        ratio = min(b / a for a, b in zip(base.schedule["sigmas"], base.schedule["sigmas"][1:], strict=False))
-        least = 1 - ratio ** (1 / T)
-        found += [changed("consistent", T, square * share) for share in (math.sqrt(least), 1.0)]
+    T, snr = base.schedule["steps_per_level"], base.snr or math.sqrt(own / 2 / square)
+    found = [variant(base, T=T, epsilon=own * factor) for T in steps for factor in factors]
+    found += [variant(base, T=T, epsilon=own), variant(base, T=T, epsilon=own, denoise=False)]
+    found += [variant(base, T=T, snr=snr * math.sqrt(factor)) for factor in factors]
+    found += consistent(base, steps)
     return list({each.name: each for each in found}.values())
 
 
-def draw(samplers: list[Sampler], n: int, params: _params.Params) -> list[dict[str, Any]]:
-    """Draw the images of all settings, within a cluster. The seconds are those of one worker for an image, whenever it
-    drew it; settings that fail say why."""
+def variant(
+    base: Sampler,
+    *,
+    T: int,
+    epsilon: float | None = None,
+    snr: float | None = None,
+    denoise: bool = True,
+    method: str = "annealed_langevin",
+) -> Sampler:
+    """The sampler with other settings; of epsilon and snr one."""
+    schedule = base.schedule | {"steps_per_level": T, "epsilon": epsilon or base.schedule["epsilon"]}
+    return dataclasses.replace(base, method=method, schedule=schedule, denoise=denoise, snr=snr)
+
+
+def consistent(base: Sampler, steps: list[int], denoise: bool = True) -> list[Sampler]:
+    """Consistent sampling with so many steps from level to level, or with one where the network knows no others, at
+    the upper end of what epsilon may be and half way to the lower one."""
+    found, sigmas = [], base.schedule["sigmas"]
+    ratio = min(b / a for a, b in itertools.pairwise(sigmas))
+    for T in (1,) if "sigmas" in base.network else steps:
+        for share in (math.sqrt(1 - ratio ** (1 / T)), 1.0):
+            epsilon = sigmas[-1] ** 2 * share
+            found.append(variant(base, T=T, epsilon=epsilon, denoise=denoise, method="consistent"))
+    return found
+
+
+def draw(samplers: list[Sampler], weights: Path, n: int, params: _params.Params) -> list[dict[str, Any]]:
+    """Draw the images of all settings with the weights of a file, within a cluster. The seconds are those of one worker
+    for an image, whenever it drew it; settings that fail say why."""
     rows, orders = {}, {}
     for each in samplers:
         row = {"method": each.method, "T": each.schedule["steps_per_level"], "epsilon": each.schedule["epsilon"]}
-        row |= {"denoise": each.denoise, "nfe": each.nfe, "settings": each.settings}
+        row |= {"snr": each.snr, "denoise": each.denoise, "nfe": each.nfe, "settings": each.settings}
         name = words(row)
         rows[name] = row
-        orders[name] = _shards.Order(each, sample.weights("ema"), n, params.sample.shard_size)
+        orders[name] = _shards.Order(each, weights, n, params.sample.shard_size)
     drawn = _shards.draw(orders, params.runtime, tolerant=True)
     for name, row in rows.items():
         reason = drawn.failed.get(name)
@@ -100,13 +122,15 @@ def judge(rows: list[dict[str, Any]], extractor: _extractors.Extractor, n: int, 
     reference, found = _reference.beside(extractor, sets, params)
     for k, each in drawn.items():
         each["fid"] = frechet_distance(Moments.of(found[k].layers[extractor.layer("fid")]), reference.moments)
+        each["rank_deficient"] = n <= reference.features.shape[1]
 
 
-def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows in the order of their evaluations those that no cheaper one is as good as."""
+def frontier(rows: list[dict[str, Any]], cost: str = "nfe") -> list[dict[str, Any]]:
+    """The rows that no cheaper one is as good as, cheapest first; the cost is in "nfe" or in "seconds"."""
     best: list[dict[str, Any]] = []
-    for each in rows:
-        if each["fid"] is not None and (not best or each["fid"] < best[-1]["fid"]):
+    drawn = (each for each in rows if each["fid"] is not None)
+    for each in sorted(drawn, key=lambda each: (each[cost], each["fid"])):
+        if not best or each["fid"] < best[-1]["fid"]:
             best.append(each)
     return best
 
@@ -125,20 +149,30 @@ def advice(rows: list[dict[str, Any]]) -> str:
 
 def words(each: dict[str, Any]) -> str:
     """A setting for people."""
-    end = "" if each["denoise"] else ", not denoised"
-    return f"{TITLES[each['method']]}, T = {each['T']}, epsilon = {each['epsilon']:.3g}{end}"
+    step = f"SNR = {each['snr']:.3g}" if each["snr"] else f"epsilon = {each['epsilon']:.3g}"
+    return f"{TITLES[each['method']]}, T = {each['T']}, {step}{'' if each['denoise'] else ', not denoised'}"
+
+
+def kind(each: dict[str, Any]) -> str:
+    """A key of `TITLES`."""
+    return "snr" if each["snr"] else each["method"]
+
+
+def size(each: dict[str, Any]) -> str:
+    """Of a step, for people: epsilon, or the signal-to-noise ratio."""
+    return f"{each['snr'] or each['epsilon']:.3g}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All settings, cheapest first; those on the frontier are marked."""
     best = frontier(rows)
-    lines = [f"{'':2}{'method':<19}{'T':>3}{'epsilon':>11}{'denoise':>9}{'NFE':>6}{'s/image':>9}{'FID':>9}"]
+    lines = [f"{'':2}{'method':<24}{'T':>3}{'epsilon, SNR':>14}{'denoise':>9}{'NFE':>6}{'s/image':>9}{'FID':>9}"]
     for each in rows:
         mark = "* " if any(each is other for other in best) else "  "
         seconds = "" if each["seconds"] is None else f"{each['seconds']:.3f}"
         value = "failed" if each["reason"] else f"{each['fid']:.4g}"
         lines.append(
-            f"{mark}{TITLES[each['method']]:<19}{each['T']:>3}{each['epsilon']:>11.3g}"
+            f"{mark}{TITLES[kind(each)]:<24}{each['T']:>3}{size(each):>14}"
             f"{'yes' if each['denoise'] else 'no':>9}{each['nfe']:>6}{seconds:>9}{value:>9}"
         )
     return "\n".join([*lines, *(f"{words(each)}: {each['reason']}" for each in rows if each["reason"])])
@@ -160,7 +194,7 @@ def record(rows: list[dict[str, Any]], extractor: _extractors.Extractor, n: int,
 
 def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
     """Draw FID against evaluations an image and against the seconds that n images took."""
-    drawn, best = [each for each in rows if each["fid"] is not None], frontier(rows)
+    drawn = [each for each in rows if each["fid"] is not None]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.6, 4.2), layout="constrained")
         for axes, key, below in zip(
@@ -169,18 +203,19 @@ def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
             ("network evaluations an image", "seconds an image, of one worker"),
             strict=True,
         ):
-            for k, (method, title) in enumerate(TITLES.items()):
+            for k, (name, title) in enumerate(TITLES.items()):
                 for denoise in (True, False):
-                    some = [e for e in drawn if (e["method"], e["denoise"]) == (method, denoise)]
+                    some = [e for e in drawn if (kind(e), e["denoise"]) == (name, denoise)]
                     if some:
                         style = {
                             "mfc": f"C{k}" if denoise else "none",
                             "label": title + ("" if denoise else ", not denoised"),
                         }
                         axes.plot([e[key] for e in some], [e["fid"] for e in some], "o", ms=5, color=f"C{k}", **style)
+            best = frontier(rows, key)
             axes.plot([e[key] for e in best], [e["fid"] for e in best], color="0.6", lw=1, zorder=0, label="frontier")
             for each in best:
-                text = f"T = {each['T']}, {each['epsilon']:.2g}"
+                text = f"T = {each['T']}, {size(each)}"
                 axes.annotate(text, (each[key], each["fid"]), (4, 5), textcoords="offset points", fontsize=7)
             axes.set(xscale="log", yscale="log", xlabel=below)
             axes.margins(0.12)

@@ -60,7 +60,7 @@ DEVICE_SHARE = 0.25  # of a GPU's free memory that the data may take
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to train; a plain value."""
+    """What a worker needs to train, to the last step or until another one; a plain value."""
 
     params: _params.Params
     data: _ray.Shared
@@ -68,6 +68,12 @@ class Job:
     shape: tuple[int, ...]
     schedule: dict[str, Any]
     folder: Store
+    until: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The step at which the workers return."""
+        return self.until or self.params.train.steps
 
     @property
     def network(self) -> dict[str, Any]:
@@ -90,7 +96,8 @@ class DivergedError(FloatingPointError):
         return type(self), (self.step, self.skipped, self.sigma)  # travels between processes
 
 
-def main(params: _params.Params) -> None:
+def main(params: _params.Params, *, until: int | None = None) -> Store:
+    """Train to the end and publish, or `until` a step, at which a checkpoint is saved; the folder of checkpoints."""
     manifest, levels = prepare.manifest(), schedule.load()
     check(describe(params.model, manifest["shape"][0], levels["sigmas"]), manifest["shape"])
     identity = {
@@ -120,16 +127,19 @@ def main(params: _params.Params) -> None:
         with _ray.cluster(params.runtime):
             digest = manifest["splits"]["train"]["sha256"]
             data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)
-            job = Job(params, data, held_out, tuple(manifest["shape"]), levels, folder)
+            job = Job(params, data, held_out, tuple(manifest["shape"]), levels, folder, until)
             try:
                 _ray.train(fit, job, params.runtime, name=name, signals=signals, hear=Ear(run, params.train.steps))
             except FloatingPointError as error:
                 kept = [f"step {step}" for step in _checkpoints.steps(folder)] or ["none"]
                 raise StageError(f"{error}; last good checkpoint: {kept[0]} in {folder.uri}") from error
+        if job.end < params.train.steps:
+            return folder
         publish(job, name)
         run.trained(weights_sha256())
         run.artifact(OUT / "loss.csv", "train")
         run.artifact(OUT / "loss_per_level.csv", "train")
+    return folder
 
 
 def claim(folder: Store, identity: dict[str, Any]) -> None:
@@ -255,7 +265,7 @@ def fit(job: Job, world: _ray.World) -> None:
     batches, gradients, watch = Batches(job, world), Gradients(job, state, world), Watch(job, world)
     observer = Observer(job, state, curves, world) if world.rank == 0 else None
     stop = False
-    while state.step < p.steps and not stop:
+    while state.step < job.end and not stop:
         x, level, *draws = batches(state.step)
         state.learning_rate = learning_rate(p, state.step)
         loss, stop = gradients(x, level, *draws)
@@ -458,7 +468,7 @@ class Observer:
         if due(step, p.preview_every, p.steps):
             preview(self.job, self.state, self.world)
         long_ago = time.monotonic() - self.saved > self.job.params.runtime.save_interval
-        if stop or long_ago or due(step, p.save_every, p.steps):
+        if stop or long_ago or due(step, p.save_every, self.job.end):
             save(self.job, self.state, curves, window, judge=not stop)
             self.saved = time.monotonic()
         if stop:

@@ -40,6 +40,7 @@ class Stage:
     """`python -m pipeline.train` with settings of its own, in a process group of its own; within `with` it runs."""
 
     stage = "train"
+    patience = PATIENCE
 
     def __init__(self, folder, *overrides, name, **variables):
         tree = compose([*SETTINGS, f"runtime.storage={name}", *overrides])
@@ -82,7 +83,7 @@ class Stage:
 
     def until(self, holds):
         """Wait for it; the stage must not end before."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while not holds():
             assert self.process.poll() is None, f"it ended: {self.printed()[-3000:]}"
             assert time.monotonic() < deadline, f"it takes too long: {self.printed()[-3000:]}"
@@ -98,7 +99,7 @@ class Stage:
         self.until(lambda: self.newest >= step)
 
     def ends(self, status=0):
-        assert self.process.wait(PATIENCE) == status, self.printed()[-3000:]
+        assert self.process.wait(self.patience) == status, self.printed()[-3000:]
 
     def workers(self, title="RayTrainWorker"):
         """Ray's workers below the stage whose command line says so."""

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline import tune
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -105,14 +107,17 @@ def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
     stages = yaml.safe_load((ROOT / "sweeps" / "dvc.yaml").read_text())["stages"]
     main = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {out for stage in main.values() for out in stage.get("outs", [])}
-    assert list(stages) == ["figures", "strips", "frontier"]
+    assert list(stages) == ["figures", "strips", "frontier", "tune"]
     for name, stage in stages.items():
         assert stage["cmd"] == f"python -m pipeline.{name}"
         assert stage["wdir"] == ".."
-        assert stage["outs"] == [f"out/{name}"]
+        assert stage["outs"] == [f"out/{name}", *(["conf/noise/tuned.yaml"] if name == "tune" else [])]
         assert f"pipeline/{name}.py" in stage["deps"]
         assert all(path in outs or (ROOT / path).exists() for path in stage["deps"])
     assert not any(path.startswith("out/") for path in stages["figures"]["deps"])
+    code = {f"pipeline/{name}.py" for name in tune.CODE}
+    assert code == {path for path in stages["tune"]["deps"] if path.startswith("pipeline/")}
+    assert set(stages["tune"]["params"]) == set(tune.SECTIONS)
 
 
 TYPES = {"Score"}  # names that are annotations alone: where nothing else is imported, no result depends on the module
@@ -164,7 +169,7 @@ def test_stages_depend_on_all_they_call(graph):
     for name, stage in stages.items():
         for file in _called(f"pipeline/{name}.py"):
             if file.startswith("ncsn/"):
-                assert file in stage["deps"], f"{graph}: {name} lacks {file}"
+                assert {file, "ncsn"} & set(stage["deps"]), f"{graph}: {name} lacks {file}"
             elif not file.startswith("pipeline/_"):  # a stage: its output stands for it
                 other = everything[Path(file).stem]
                 its = {file, *other.get("outs", []), *other.get("metrics", [])}
@@ -177,7 +182,7 @@ def test_analytics_of_dvc_are_off():
 
 def test_every_stage_has_a_help_text():
     stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
-    stages += ["frontier", "compose", "fetch", "estimate", "compare"]
+    stages += ["frontier", "tune", "compose", "fetch", "estimate", "compare"]
     code = f"""
 import runpy, sys
 for stage in {stages}:

@@ -13,6 +13,7 @@ def _row(nfe, fid, **other):
         "method": "annealed_langevin",
         "T": 1,
         "epsilon": 1e-3,
+        "snr": None,
         "denoise": True,
         "nfe": nfe,
         "seconds": None,
@@ -27,6 +28,7 @@ def test_the_cheapest_that_is_nearly_the_best_is_picked():
     told = frontier.advice(rows)
     assert "Best: annealed Langevin, T = 5, epsilon = 0.001, FID 4 at 60 evaluations an image." in told
     assert "Pick: annealed Langevin, T = 1, epsilon = 0.001, FID 4.1 at 30: the cheapest within 5% of it." in told
+    assert "annealed Langevin, T = 1, SNR = 0.2, not denoised" in frontier.words(_row(1, 1.0, snr=0.2, denoise=False))
     table = frontier.table(rows)
     assert table.count("* annealed") == 3
     assert "annealed Langevin, T = 1, epsilon = 0.001: images are not finite" in table
@@ -53,14 +55,16 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     methods = [(each["method"], each["denoise"], each["nfe"]) for each in rows]
     assert methods.count(("consistent", True, 8)) == 2
     assert ("annealed_langevin", False, 16) in methods
+    assert sum(each["snr"] is not None for each in rows) == 2
     wild = [each for each in rows if each["reason"]]
-    assert len(wild) == 1
-    assert wild[0]["reason"].startswith("images are not finite")
-    assert all(each["fid"] > 0 and each["seconds"] > 0 for each in rows if each is not wild[0])
+    assert {each["reason"].partition(" with ")[2].partition("=")[0] for each in wild} == {"noise.epsilon", "sample.snr"}
+    assert all(each["fid"] > 0 and each["seconds"] > 0 for each in rows if not each["reason"])
     assert Image.open(frontier.OUT / "frontier.png").width > 800
     assert "Pick: " in capsys.readouterr().out
     assert "frontier/frontier.png" in map(str, recorder.files)
-    again = frontier.draw(frontier.settings(sample.make_sampler(params, "ema"), [1], [0.5]), 8, params)
-    assert len(again) == len(rows) - 1
+    again = frontier.draw(
+        frontier.settings(sample.make_sampler(params, "ema"), [1], [0.5]), sample.weights("ema"), 8, params
+    )
+    assert len(again) == len(rows) - 2
     told = {frontier.words(each): each["seconds"] for each in rows}
     assert all(each["seconds"] == told[frontier.words(each)] for each in again)  # all were there

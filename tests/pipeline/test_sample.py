@@ -123,6 +123,7 @@ def test_whatever_determines_an_image_is_in_the_name(sampler):
         {"shape": (1, 16, 16)},
         {"weights_sha256": "1" * 64},
         {"denoise": False},
+        {"snr": 0.3},
         {"precision": "bf16"},
         {"seed": 6},
         {"method": "consistent"},

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline import _checkpoints, features, prepare, sample, schedule, select, train
+from pipeline import _checkpoints, _extractors, features, prepare, sample, schedule, select, train
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, store
 
@@ -93,7 +93,7 @@ def test_where_nothing_can_be_selected_it_says_why(trained, monkeypatch, tmp_pat
         select.find(model, elsewhere, tmp_path)
     with pytest.raises(StageError, match=r"out/train was fetched, it is one checkpoint alone: set select.rule=last"):
         select.find(model | {"source": "x"}, trained.runtime, tmp_path)
-    monkeypatch.setattr(select._extractors, "choose", lambda settings: None)
+    monkeypatch.setattr(_extractors, "choose", lambda settings: None)
     with pytest.raises(StageError, match=r"select.rule='fid' needs features: the data has no labels"):
         select.main(trained)
     monkeypatch.chdir(tmp_path)
