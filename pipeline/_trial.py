@@ -67,7 +67,8 @@ def run(plan: Plan, name: str, setting: Mapping[str, Any], report: Callable[[dic
             (folder / path).symlink_to(Path(plan.root, path))
     (folder / "params.yaml").write_text(_params.to_yaml(params_of(plan, setting)))
     reports = folder / REPORTS
-    reports.unlink(missing_ok=True)
+    for left in (reports, folder / FAILED):  # by an earlier try
+        left.unlink(missing_ok=True)
     with open(folder / LOG, "ab") as log:
         process = subprocess.Popen(
             plan.program,

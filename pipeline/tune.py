@@ -404,11 +404,11 @@ def plot_axes(rows: list[dict[str, Any]], n: int, path: Path) -> None:
                 dots = [(way["epsilon"], way["fid"]) for way in ways if way["fid"] and not way["snr"]]
                 shown = [each for each in rows if not each["best"]["snr"]]
                 best = [(each["best"]["epsilon"], each["fid"]) for each in shown]
-                axes.plot(*zip(*dots, strict=True), "o", ms=3, color="0.7", label="each way")
+                axes.plot([x for x, _ in dots], [fid for _, fid in dots], "o", ms=3, color="0.7", label="each way")
             else:
                 shown = rows
                 best = [(each["setting"][name], each["fid"]) for each in shown]
-            axes.plot(*zip(*best, strict=True), "o", ms=5, label="the best of a network")
+            axes.plot([x for x, _ in best], [fid for _, fid in best], "o", ms=5, label="the best of a network")
             given = [dot for dot, each in zip(best, shown, strict=True) if each["trial"] == AS_GIVEN]
             for dot in given:
                 axes.plot(*dot, "*", ms=11, color="C1", label="of the schedule as given")

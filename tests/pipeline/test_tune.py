@@ -112,6 +112,9 @@ def test_what_is_published(tmp_path, params):
     assert read_json(out / "trials.json")["trials"][0]["measured"]["checkpoint"] == {"step": 650}
     for name in ("parallel", "axes", "frontier"):
         assert Image.open(out / f"{name}.png").width > 800
+    by_ratio = [{**each, "best": each["ways"][2], "ways": each["ways"][2:]} for each in rows[:2]]
+    tune.plot_axes(by_ratio, 500, out / "by_ratio.png")  # no epsilon anywhere
+    assert Image.open(out / "by_ratio.png").width > 800
 
 
 def test_the_best_setting_is_an_option_that_composes(tmp_path, params, monkeypatch):
