@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -103,8 +104,11 @@ class Stage:
 
     def workers(self, title="RayTrainWorker"):
         """Ray's workers below the stage whose command line says so."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in below if title in " ".join(process.cmdline())]
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it may just have ended
+                found += [process] if title in " ".join(process.cmdline()) else []
+        return found
 
 
 class Sampling(Stage):
@@ -175,7 +179,8 @@ class Cluster:
         """Kill the last node, with all its processes."""
         node = self.nodes.pop()
         for process in [*psutil.Process(node.pid).children(recursive=True), node]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # Ray's end with each other
+                process.kill()
         node.wait()
 
     def _start(self, prefix, cpus, *options):
