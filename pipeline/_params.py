@@ -211,6 +211,18 @@ class Tune:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """Of the schedules, with networks of `model`, and of the Techniques, with those of the papers: for each seed and
+    each network so many steps of training, and n images for each FID. `snr` holds the step sizes that are tried."""
+
+    model: Model
+    steps: int = _whole(1)
+    seeds: tuple[int, ...] = _list("whole numbers from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32, int)
+    n: int = _whole(4)
+    snr: tuple[float, ...] = _list("numbers > 0 and < 1", lambda value: 0 < value < 1)
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Where and how wide it runs; no stage depends on it, so it never makes a result stale.
 
@@ -249,6 +261,7 @@ class Params:
     sample: Sample
     evaluate: Evaluate
     tune: Tune
+    ablation: Ablation
     runtime: Runtime
 
 
@@ -308,11 +321,10 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"runtime.workers={list(workers)}: expected no more than train.batch_size={params.train.batch_size}"
         )
-    if (params.model.multipliers is None) == (params.model.name == "unet"):
-        allowed = "null but for model.name=unet, which needs them"
-        raise ParamsError(
-            f"model.multipliers={params.model.multipliers}: expected {allowed}; got model.name={params.model.name}"
-        )
+    for key, model in (("model", params.model), ("ablation.model", params.ablation.model)):
+        if (model.multipliers is None) == (model.name == "unet"):
+            allowed = f"null but for {key}.name=unet, which needs them"
+            raise ParamsError(f"{key}.multipliers={model.multipliers}: expected {allowed}; got {key}.name={model.name}")
     if params.runtime.compile and params.loss.name != "dsm":
         raise ParamsError(
             f"runtime.compile=True: expected false with loss={params.loss.name}: torch.compile does not take second "
@@ -335,6 +347,9 @@ def parse(tree: Any) -> Params:
             "Langevin steps diverge"
         )
     _check_tune(params.tune, params.noise)
+    for key, values in (("seeds", params.ablation.seeds), ("snr", params.ablation.snr)):
+        if len(set(values)) < max(1, len(values)):
+            raise ParamsError(f"ablation.{key}={list(values)}: expected at least one value, and each once")
     return params
 
 
@@ -384,7 +399,7 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
         if key not in tree:
             raise ParamsError(f"{prefix}{key} is missing: write params.yaml anew with `python -m pipeline.compose`")
         values[key] = (
-            _build(kind, tree[key], f"{key}.")
+            _build(kind, tree[key], f"{prefix}{key}.")
             if dataclasses.is_dataclass(kind)
             else _value(kind, tree[key], f"{prefix}{key}", fields[key].metadata)
         )

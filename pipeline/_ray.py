@@ -363,14 +363,14 @@ class Trial:
     """
 
     name: str
-    setting: dict[str, float]
+    setting: dict[str, Any]
     last: dict[str, Any]
     error: str | None
 
 
 def sweep(
-    trial: Callable[[str, dict[str, float], Callable[[dict[str, Any]], None]], None],
-    axes: dict[str, tuple[float, ...]],
+    trial: Callable[[str, dict[str, Any], Callable[[dict[str, Any]], None]], None],
+    axes: dict[str, tuple[Any, ...]],
     plan: _params.Tune,
     runtime: _params.Runtime,
     folder: Path,
@@ -403,7 +403,7 @@ def sweep(
     room = trainings(runtime)
     at_once = min(runtime.trials or room, room)
 
-    def trainable(config: dict[str, float]) -> None:  # travels by value: what it imports is up to `trial`
+    def trainable(config: dict[str, Any]) -> None:  # travels by value: what it imports is up to `trial`
         from ray import tune
 
         trial(tune.get_context().get_trial_id(), config, tune.report)

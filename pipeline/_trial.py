@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Plan:
         program: The command.
         environment: In addition to that of Ray Tune's process.
         params: As nested dictionaries.
+        variants: Settings by names; one named in a trial's setting, as "variant", is the part that trials share.
     """
 
     root: str
@@ -46,6 +47,7 @@ class Plan:
     program: tuple[str, ...]
     environment: Mapping[str, str]
     params: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def run(plan: Plan, name: str, setting: Mapping[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
@@ -54,7 +56,7 @@ def run(plan: Plan, name: str, setting: Mapping[str, Any], report: Callable[[dic
     Args:
         plan: Of the sweep.
         name: Of the trial, and its folder.
-        setting: What it has of its own: values by section.key.
+        setting: What it has of its own: values by section.key, and the name of a variant.
         report: Takes what the program has reported, a line of JSON each.
 
     Raises:
@@ -101,7 +103,10 @@ def run(plan: Plan, name: str, setting: Mapping[str, Any], report: Callable[[dic
 def params_of(plan: Plan, setting: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a trial, as nested dictionaries."""
     tree = {section: dict(values) for section, values in plan.params.items()}
-    for key, value in setting.items():
+    shared = plan.variants[setting["variant"]] if "variant" in setting else {}
+    for key, value in {**shared, **setting}.items():
+        if key == "variant":
+            continue
         section, name = key.split(".")
         tree[section][name] = value
     return tree

@@ -15,20 +15,13 @@ trial is a run below that of the sweep.
 import argparse
 import dataclasses
 import math
-import os
 import shutil
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -39,12 +32,10 @@ from pipeline import (
     _extractors,
     _params,
     _ray,
-    _shards,
     _stage,
+    _sweep,
     _track,
     _trial,
-    evaluate,
-    features,
     frontier,
     prepare,
     sample,
@@ -52,78 +43,50 @@ from pipeline import (
     select,
     train,
 )
-from pipeline._pictures import STYLE, grid_picture
+from pipeline._pictures import STYLE
 from pipeline._sampler import Sampler
 from pipeline._stage import StageError, log
-from pipeline._store import code_digest, fingerprint, read_json, replacing_folder, sha256, write_json, write_text
+from pipeline._store import read_json, replacing_folder, sha256, write_json, write_text
+from pipeline._sweep import AXES, WAY
 
 OUT = Path("out/tune")
 TUNED = Path("conf/noise/tuned.yaml")
-AXES = ("sigma_1", "sigma_L", "L")  # of which each setting needs a training
 AS_GIVEN = "as_given"
-WAY = ("method", "T", "epsilon", "snr", "denoise")  # of drawing with a network
 SECTIONS = ("data", "features", "model", "loss", "noise", "train", "sample", "evaluate", "tune")
 CODE = (
-    *("tune", "_extractors", "_reference", "_sampler", "_shards", "_trial"),
+    *("tune", "_extractors", "_reference", "_sampler", "_shards", "_sweep", "_trial"),
     *("evaluate", "frontier", "sample", "schedule", "select", "train"),
 )
 RUNGS = 4, 2  # parts of the training after which ASHA may stop it
-GRID = 100  # images in a trial's picture
 
 
 def main(params: _params.Params, *, trial: bool = False) -> None:
-    extractor = _extractors.choose(params.evaluate)
-    if extractor is None:
-        raise StageError(
-            "a sweep needs features: the data has no labels to train a classifier on, and there are no Inception "
-            "weights: name the file with evaluate.inception_weights=PATH"
-        )
+    extractor = _sweep.extractor(params)
     if trial:
         attempt(params, extractor)
         return
     kinds = {"sigma_1": float, "sigma_L": float, "L": int}  # whole numbers are searched as such
     axes = {f"noise.{key}": tuple(map(kinds[key], values)) for key in AXES if (values := getattr(params.tune, key))}
-    identity = {
-        "params": _params.result(params, *SECTIONS),
-        "data": prepare.manifest()["splits"]["train"]["sha256"],
-        "extractor": extractor.sha256,
-        "code": code_digest("ncsn", *(f"pipeline/{name}.py" for name in CODE)),
-    }
-    folder = Path("runs", f"tune-{fingerprint(identity)}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    trials = count(params.tune, axes)
+    count = networks(params.tune, axes)
+    base = of_trial(params)
     what = ", ".join(axes) or "ways to draw alone"
-    log.info("1 network as given, %d by %s; %d steps of training each, in %s", trials, what, params.tune.steps, folder)
+    log.info("1 network as given, %d by %s; %d steps of training each", count, what, params.tune.steps)
     with (
-        _stage.StopSignals(),
-        _track.run(params, sweep="sweep") as run,
-        _ray.cluster(params.runtime),
+        _sweep.trials("tune", params, base, SECTIONS, CODE, extractor, count + 1) as sweep,
         replacing_folder(OUT) as out,
     ):
-        _ray.trainings(params.runtime)
-        paths = [str(_ray.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        plan = _trial.Plan(
-            root=str(Path.cwd()),
-            folder=str(folder),
-            inputs=(str(prepare.OUT), str(features.OUT)),
-            program=(sys.executable, "-m", "pipeline.tune", "--trial"),
-            environment=_ray.address(params.runtime) | {"PYTHONPATH": os.pathsep.join(paths)},
-            params=_params.as_dict(of_trial(params, run.id)),
-        )
-        with _watched(folder, trials + 1):
-            found = [as_given(plan)]
-            search = dataclasses.replace(params.tune, trials=trials)
-            first_rung = min(rungs(of_trial(params, None)), default=params.tune.steps)
-            found += _ray.sweep(partial(_trial.run, plan), axes, search, params.runtime, folder, first_rung)
-        rows = sorted((row(each, folder) for each in found), key=lambda each: each["fid"] or math.inf)
+        found = [as_given(sweep.plan)]
+        search = dataclasses.replace(params.tune, trials=count)
+        first_rung = min(rungs(base), default=params.tune.steps)
+        found += _ray.sweep(partial(_trial.run, sweep.plan), axes, search, params.runtime, sweep.folder, first_rung)
+        rows = sorted((row(each, sweep.folder) for each in found), key=lambda each: each["fid"] or math.inf)
         if rows[0]["fid"] is None:
-            raise StageError(f"no trial was finished: {rows[0]['reason']}; the logs are {folder}/*/{_trial.LOG}")
+            raise StageError(f"no trial was finished: {rows[0]['reason']}; the logs are {sweep.folder}/*/{_trial.LOG}")
         publish(rows, params, out)
-        run.artifact(out, "sweep")
-        run.tables("sweep/table.json")
-        run.metrics({"fid": rows[0]["fid"], "nfe": rows[0]["best"]["nfe"]})
-        run.params({"best": rows[0]["setting"] | {key: rows[0]["best"][key] for key in WAY}})
-        run.finish()
+        sweep.run.artifact(out, "sweep")
+        sweep.run.tables("sweep/table.json")
+        sweep.run.metrics({"fid": rows[0]["fid"], "nfe": rows[0]["best"]["nfe"]})
+        sweep.run.params({"best": rows[0]["setting"] | {key: rows[0]["best"][key] for key in WAY}})
     shutil.copy(OUT / "best.yaml", TUNED)
     print(Path(OUT, "sweep.txt").read_text(), end="")
 
@@ -138,55 +101,35 @@ def as_given(plan: _trial.Plan) -> _ray.Trial:
     return _ray.Trial(AS_GIVEN, {}, told[-1], None)
 
 
-def count(tune: _params.Tune, axes: dict[str, tuple[float, ...]]) -> int:
+def networks(tune: _params.Tune, axes: dict[str, tuple[float, ...]]) -> int:
     """How many networks."""
     combinations = math.prod(map(len, axes.values()))
     return combinations if tune.search == "grid" or combinations == 1 else tune.trials
 
 
-def of_trial(params: _params.Params, parent: str | None) -> _params.Params:
-    """The parameters of each trial, which runs in another folder; checked like any others.
-
-    Raises:
-        ParamsError: If a trial cannot have them.
-    """
-    p, steps = params.train, params.tune.steps
-    rest = -(-steps // p.log_every) * p.log_every
-    storage = params.runtime.storage
-    return _params.parse(
-        _params.as_dict(
-            dataclasses.replace(
-                params,
-                train=dataclasses.replace(p, steps=steps, save_every=rest, preview_every=rest, keep_every=None),
-                select=dataclasses.replace(params.select, rule="last", n=params.tune.n),
-                runtime=dataclasses.replace(
-                    params.runtime,
-                    storage=storage if storage.startswith("s3://") else str(Path(storage).resolve()),
-                    tracking_uri=_track.tracking_uri(params),
-                    parent_run=parent,
-                    keep=max(params.runtime.keep, len(RUNGS) + 2),  # of all rungs, for another trial that is the same
-                ),
-            )
-        )
-    )
+def of_trial(params: _params.Params) -> _params.Params:
+    """The parameters of each trial."""
+    base = _sweep.shortened(params, params.tune.steps, params.tune.n)
+    kept = max(base.runtime.keep, len(RUNGS) + 2)  # of all rungs, for another trial that is the same
+    return dataclasses.replace(base, runtime=dataclasses.replace(base.runtime, keep=kept))
 
 
 def attempt(params: _params.Params, extractor: _extractors.Extractor) -> None:
     """One trial, in its folder: train, tell Tune the FID on the way, draw in all ways, keep the best in trial.json."""
-    if not Path(_trial.DONE).exists():
-        with _stage.StopSignals(), _track.run(params) as run:
-            schedule.main(params)
-            for step in rungs(params):
-                fid = on_the_way(params, extractor, step)
-                log.info("step %d: FID %.4g of %d images", step, fid, params.tune.n)
-                run.metrics({"fid": fid}, step)
-                _trial.tell(step=step, fid=fid)
-            train.main(params)
-            select.main(params)
-            found = best_way(params, extractor, run)
-            run.finish()
-        write_json(Path(_trial.DONE), found)
-    _trial.tell(step=params.train.steps, fid=read_json(Path(_trial.DONE))["fid"])
+
+    def on_the_way(run: _track.Run) -> None:
+        for step in rungs(params):
+            fid = rung(params, extractor, step)
+            log.info("step %d: FID %.4g of %d images", step, fid, params.tune.n)
+            run.metrics({"fid": fid}, step)
+            _trial.tell(step=step, fid=fid)
+
+    def measure(run: _track.Run) -> dict[str, Any]:
+        base, n = sample.make_sampler(params, "ema"), params.tune.n
+        rows = _sweep.drawn([(ways(base, params.tune), sample.weights("ema"))], n, params, extractor)
+        return _sweep.told(rows, base, n, params, extractor, run)
+
+    _sweep.attempt(params, measure, on_the_way)
 
 
 def rungs(params: _params.Params) -> list[int]:
@@ -198,7 +141,7 @@ def rungs(params: _params.Params) -> list[int]:
     return sorted(step for step in steps if 0 < step < params.train.steps)
 
 
-def on_the_way(params: _params.Params, extractor: _extractors.Extractor, step: int) -> float:
+def rung(params: _params.Params, extractor: _extractors.Extractor, step: int) -> float:
     """Train until a step, and the FID of few images that are drawn as the sections noise and sample say."""
     known = Path(f"fid_{step}.json")
     if known.exists():
@@ -226,76 +169,6 @@ def ways(base: Sampler, tune: _params.Tune) -> list[Sampler]:
         if tune.consistent:
             found += frontier.consistent(base, list(tune.steps_per_level), denoise)
     return list({each.name: each for each in found}.values())
-
-
-def best_way(params: _params.Params, extractor: _extractors.Extractor, run: _track.Run) -> dict[str, Any]:
-    """Draw and judge in all ways, log the best one; what trial.json says.
-
-    Raises:
-        StageError: If none drew images.
-    """
-    base, n = sample.make_sampler(params, "ema"), params.tune.n
-    with _ray.cluster(params.runtime):
-        rows = frontier.draw(ways(base, params.tune), sample.weights("ema"), n, params)
-        frontier.judge(rows, extractor, n, params)
-    rows.sort(key=lambda each: (each["nfe"], each["fid"] or math.inf))
-    drawn = [each for each in rows if each["fid"] is not None]
-    if not drawn:
-        raise StageError(f"no way to draw gave images: {rows[0]['reason']}")
-    best = min(drawn, key=lambda each: each["fid"])
-    x = _shards.load(best["order"], params.runtime)
-    grid = grid_picture(torch.from_numpy(x[:GRID]), math.isqrt(min(n, GRID)))
-    name = f"fid_{extractor.short}_{evaluate.thousands(n)}"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_json(folder / "passports.json", [passport(best, name, extractor, x)])
-        write_json(folder / "metrics.json", {name: best["fid"]})
-        run.artifact(folder, "evaluate")
-    run.metrics({f"eval/{name}": best["fid"], "fid": best["fid"], "nfe": best["nfe"]}, base.step)
-    levels = {key: schedule.load()[key] for key in ("spacing", *AXES)}
-    # MLflow compares runs by the first parameters that differ, in alphabetical order.
-    run.params({"axis": {key: levels[key] for key in AXES} | {"epsilon": best["epsilon"]}})
-    run.params({"best": {key: best[key] for key in WAY}})
-    run.image(np.asarray(grid), "samples", base.step)
-    grid.save("grid.png")
-    measured = frontier.record(rows, extractor, n, base)
-    return {"setting": levels, "fid": best["fid"], "best": rows.index(best), **measured}
-
-
-def passport(best: dict[str, Any], name: str, extractor: _extractors.Extractor, x: np.ndarray) -> dict[str, Any]:
-    """Of the FID of the best way, as `evaluate` would write it."""
-    s = best["order"].sampler
-    manifest = {"ranges": 1, "seed": s.seed, "weights": s.weights, "weights_sha256": s.weights_sha256, "step": s.step}
-    manifest |= {"selection": select.rule(), "sampler": s.settings, "nfe": s.nfe}
-    score = evaluate.Score("fid", best["fid"], None, extractor.layer("fid"))
-    images = evaluate.ImageSet(x, manifest)
-    whole = evaluate.passport(name, score, "samples", len(x), images, evaluate.provenance(extractor))
-    return {**whole, "rank_deficient": best["rank_deficient"]}
-
-
-@contextmanager
-def _watched(folder: Path, total: int) -> Iterator[None]:
-    """Show how many trials have ended, and the best FID so far."""
-    over = threading.Event()
-
-    def watch() -> None:
-        with _stage.progress(total, "trial", "tune") as bar:
-            while True:
-                last = over.wait(2.0)
-                done = {path: float(read_json(path)["fid"]) for path in folder.glob(f"*/{_trial.DONE}")}
-                failed = len(list(folder.glob(f"*/{_trial.FAILED}")))
-                bar.set_postfix(failed=failed, best=f"{min(done.values(), default=math.nan):.4g}", refresh=False)
-                bar.update(len(done) + failed - bar.n)
-                if last:
-                    return
-
-    thread = threading.Thread(target=watch, name="trials", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def row(found: _ray.Trial, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import tune
+from pipeline import ablation, techniques, tune
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,7 +107,7 @@ def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
     stages = yaml.safe_load((ROOT / "sweeps" / "dvc.yaml").read_text())["stages"]
     main = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {out for stage in main.values() for out in stage.get("outs", [])}
-    assert list(stages) == ["figures", "strips", "frontier", "tune"]
+    assert list(stages) == ["figures", "strips", "frontier", "tune", "ablation", "techniques"]
     for name, stage in stages.items():
         assert stage["cmd"] == f"python -m pipeline.{name}"
         assert stage["wdir"] == ".."
@@ -115,9 +115,11 @@ def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
         assert f"pipeline/{name}.py" in stage["deps"]
         assert all(path in outs or (ROOT / path).exists() for path in stage["deps"])
     assert not any(path.startswith("out/") for path in stages["figures"]["deps"])
-    code = {f"pipeline/{name}.py" for name in tune.CODE}
-    assert code == {path for path in stages["tune"]["deps"] if path.startswith("pipeline/")}
-    assert set(stages["tune"]["params"]) == set(tune.SECTIONS)
+    for module in (tune, ablation, techniques):
+        stage = stages[module.OUT.name]
+        code = {f"pipeline/{name}.py" for name in module.CODE}
+        assert code == {path for path in stage["deps"] if path.startswith("pipeline/")}
+        assert set(stage["params"]) == set(module.SECTIONS)
 
 
 TYPES = {"Score"}  # names that are annotations alone: where nothing else is imported, no result depends on the module
@@ -182,7 +184,7 @@ def test_analytics_of_dvc_are_off():
 
 def test_every_stage_has_a_help_text():
     stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
-    stages += ["frontier", "tune", "compose", "fetch", "estimate", "compare"]
+    stages += ["frontier", "tune", "ablation", "techniques", "compose", "fetch", "estimate", "compare"]
     code = f"""
 import runpy, sys
 for stage in {stages}:

@@ -62,15 +62,15 @@ def test_a_program_ends_with_its_trial(tmp_path):
 
 def test_trials_are_counted_and_judged_on_the_way():
     params = _params.parse(compose(["tune=grid"]))
-    assert tune.count(params.tune, {"sigma_1": (1.0, 2.0, 3.0), "L": (10, 20)}) == 6
+    assert tune.networks(params.tune, {"sigma_1": (1.0, 2.0, 3.0), "L": (10, 20)}) == 6
     params = _params.parse(compose(["tune=asha", "tune.steps=650"]))
-    assert tune.count(params.tune, {"sigma_1": (1.0, 2.0)}) == params.tune.trials
-    trial = tune.of_trial(params, "abc")
+    assert tune.networks(params.tune, {"sigma_1": (1.0, 2.0)}) == params.tune.trials
+    trial = tune.of_trial(params)
     assert tune.rungs(trial) == [160, 320]
-    assert (trial.train.steps, trial.train.save_every, trial.runtime.parent_run) == (650, 660, "abc")
+    assert (trial.train.steps, trial.train.save_every) == (650, 660)
     assert Path(trial.runtime.storage).is_absolute()
     assert trial.runtime.keep >= 4
-    assert tune.rungs(tune.of_trial(_params.parse(compose([])), None)) == []
+    assert tune.rungs(tune.of_trial(_params.parse(compose([])))) == []
 
 
 def _way(T, fid, **other):
