@@ -86,6 +86,50 @@ def test_a_search_that_learns_stops_the_worse_ones_early(inside):
     assert all(1 <= each["setting"]["sigma_1"] <= 8 for each in trials if each["trial"] != "as_given")
 
 
+class Ablation(Sweep):
+    """`python -m pipeline.ablation`, likewise."""
+
+    stage = "ablation"
+
+
+class Techniques(Sweep):
+    """`python -m pipeline.techniques`, likewise."""
+
+    stage = "techniques"
+
+
+ONE_SEED = [*SMALL, "runtime.workers=1", "ablation.seeds=[0]"]
+
+
+def test_schedules_are_compared(inside):
+    features.main(_params.parse(compose([*SETTINGS, *ONE_SEED])))
+    with Ablation(inside, *ONE_SEED, name="schedules") as stage:
+        stage.ends()
+    rows = read_json(Path("out/ablation/ablation.json"))["rows"]
+    assert [each["name"] for each in rows] == ["geometric", "linear", "geometric, SNR"]
+    geometric, linear, by_ratio = rows
+    assert all(len(each["fid"]) == 1 for each in rows)
+    assert all(each["fid"][0] > 0 for each in rows)
+    assert geometric["losses"] == by_ratio["losses"] != linear["losses"]  # one network, and another
+    assert by_ratio["ratios"] == pytest.approx([by_ratio["r"]] * 4, rel=1e-4)
+    assert linear["sigmas"][0] - linear["sigmas"][1] == pytest.approx(linear["sigmas"][1] - linear["sigmas"][2])
+    assert "477.47" in stage.printed()
+    assert {each.name for each in Path("out/ablation").iterdir()} == {
+        *("ablation.json", "ablation.txt", "curves.png", "grids.png")
+    }
+
+
+@pytest.mark.slow
+def test_techniques_are_compared(inside):
+    features.main(_params.parse(compose([*SETTINGS, *ONE_SEED])))
+    with Techniques(inside, *ONE_SEED, name="techniques") as stage:
+        stage.ends()
+    rows = {each["name"]: each for each in read_json(Path("out/techniques/techniques.json"))["rows"]}
+    assert rows.keys() == {"none", "5", "1, 2, 4", "3", "1, 2, 4, 5", "3, 5", "1, 2, 3, 4", "all"}
+    assert (rows["none"]["nfe"], rows["all"]["nfe"]) == (1001, 4 * 2 + 1)
+    assert rows["none"]["fid"] != rows["5"]["fid"]
+
+
 def test_a_cluster_that_is_too_small_for_a_trial_is_said_at_once(inside):
     features.main(_params.parse(compose([*SETTINGS, *SMALL])))
     with Cluster(cpus=1) as cluster, Sweep(inside, *SMALL, *WAYS, name="small", RAY_ADDRESS=cluster.address) as sweep:
