@@ -146,6 +146,7 @@ def attempt(
     kept is not done again."""
     if not Path(_trial.DONE).exists():
         with _stage.StopSignals(), _track.run(params) as run:
+            run.metrics({"fid": math.nan})  # MLflow compares runs by the metric that they have had first
             schedule.main(params)
             on_the_way(run)
             train.main(params)

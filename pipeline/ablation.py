@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from ncsn import images, random, samplers
@@ -269,7 +269,8 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         sizes.set(xscale="log", yscale="log", xlabel="step size r", ylabel="FID", title="dots: each seed")
         losses.set(xscale="log", yscale="log", xlabel=r"$\sigma$", ylabel="loss / (D / 2)", title="loss on test images")
         ratios.set(xscale="log", xlabel=r"$\sigma$", ylabel=r"$\|\alpha s\| / \|\sqrt{2 \alpha} z\|$")
-        ratios.set(yscale="log", title="signal to noise of the updates")
+        ratios.set(title="signal to noise of the updates")
+        levels.xaxis.set_major_locator(MaxNLocator(integer=True))
         sizes.set_xticks(at, [f"{r:g}" for r in at])
         for axes in (levels, sizes, losses, ratios):
             axes.legend(fontsize=8)
@@ -283,7 +284,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def plot_grids(rows: list[dict[str, Any]], trials: list[dict[str, Any]], path: Path) -> None:
     """Draw images of each row, of its first seed."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(rows), 3.6), layout="constrained")
+        figure = Figure(figsize=(3.2 * len(rows), 3.9), layout="constrained")
         for axes, each in zip(figure.subplots(1, len(rows)), rows, strict=True):
             spacing, by_ratio = ROWS[each["name"]]
             own = next(t for t in trials if (t["setting"]["spacing"], t["seed"]) == (spacing, each["seeds"][0]))

@@ -65,6 +65,7 @@ def test_four_trials_of_which_one_diverges_survive_the_driver(inside):
     (failed,) = (run for run in below if run.info.status == "FAILED")
     assert "not finite" in failed.data.tags["ncsn.reason"]
     for run in below:
+        assert next(iter(run.data.metrics)) == "fid"
         if run is not failed:
             assert run.data.metrics["fid"] > 0
             assert {"noise.sigma_1", "best.T"} <= run.data.params.keys()
