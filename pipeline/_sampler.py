@@ -205,6 +205,19 @@ class Drawer:
         """Images with these numbers, uint8, shape (B, C, H, W), on the CPU; as many at once as memory allows."""
         return self.model(lambda part: images.to_uint8(self.langevin(part)).cpu(), index, self.sampler.shape)
 
+    def start(self, index: Tensor) -> Tensor:
+        """Where the chains of these images start, in the network's space: uniform, as in the papers; at the noise level
+        sigma_1 where a sampler needs it.
+
+        Consistent sampling does, and so do steps of a fixed signal-to-noise ratio: nearer to the data than the level
+        says scores are short, so the first step is too long by far, and from far away the following ones are short.
+        """
+        s = self.sampler
+        x = self.to_space(random.start_images(s.seed, index, s.shape))
+        if s.method == "consistent" or s.snr:
+            x += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
+        return x
+
     def langevin(
         self,
         index: Tensor,
@@ -228,7 +241,7 @@ class Drawer:
         """
         s = self.sampler
         index = index.to(self.device)
-        start = self.to_space(random.start_images(s.seed, index, s.shape))
+        start = self.start(index)
         settings: dict[str, Any] = {
             **({"step_rule": snr_rule(s.snr)} if s.snr else {"epsilon": s.schedule["epsilon"]}),
             "denoise": s.denoise,
@@ -237,7 +250,6 @@ class Drawer:
             "observe": observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         }
         if s.method == "consistent":
-            start += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
             sigmas = refined(self.sigmas, s.schedule["steps_per_level"])
             try:
                 x = samplers.consistent_annealed_langevin(self.model.score, start, sigmas, **settings)

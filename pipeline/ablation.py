@@ -91,7 +91,7 @@ def attempt(params: _params.Params, extractor: _extractors.Extractor) -> None:
         drawer = Drawer.of(base, weights, params.runtime)
         for k, each in enumerate(rows):
             if each["fid"] is not None:
-                each["ratios"] = ratios(each["order"].sampler, drawer)
+                each["ratios"] = ratios(Drawer(each["order"].sampler, drawer.model))
                 np.save(f"images_{k}.npy", _shards.load(each["order"], params.runtime)[:SHOWN])
         losses = level_losses(drawer, params.train.seed)
         run.history([(k, {"level_loss": loss}) for k, loss in enumerate(losses)])
@@ -111,10 +111,11 @@ def ways(base: Sampler, ratios: Sequence[float]) -> list[Sampler]:
 
 
 @torch.no_grad()
-def ratios(sampler: Sampler, drawer: Drawer) -> list[float]:
+def ratios(drawer: Drawer) -> list[float]:
     """The signal-to-noise ratio of the updates, ||alpha s|| / ||sqrt(2 alpha) z||, of each level: its mean over steps
     and `WATCHED` images."""
-    levels, device = sampler.schedule["sigmas"], drawer.device
+    sampler, device = drawer.sampler, drawer.device
+    levels = sampler.schedule["sigmas"]
     rule = snr_rule(sampler.snr) if sampler.snr else epsilon_rule(sampler.schedule["epsilon"], levels[-1])
     seen: dict[float, list[Tensor]] = {sigma: [] for sigma in levels}
 
@@ -127,7 +128,7 @@ def ratios(sampler: Sampler, drawer: Drawer) -> list[float]:
     index = torch.arange(WATCHED, device=device)
     samplers.annealed_langevin(
         drawer.model.score,
-        drawer.to_space(random.start_images(sampler.seed, index, sampler.shape)),
+        drawer.start(index),
         torch.tensor(levels, dtype=torch.float64),
         steps_per_level=sampler.schedule["steps_per_level"],
         denoise=False,
@@ -298,7 +299,7 @@ def plot_grids(rows: list[dict[str, Any]], trials: list[dict[str, Any]], path: P
             axes.imshow(np.asarray(picture), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
             axes.set_title(f"{each['name']}\nFID {_sweep.spread(each['mean'], each['std'])}", fontsize=9)
             axes.axis("off")
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

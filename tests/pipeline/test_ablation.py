@@ -22,17 +22,17 @@ def _sampler_of(snr=None, epsilon=1e-3):
     return _sampler.Sampler(network, *values, snr=snr)
 
 
-def _drawer(score):
-    model = SimpleNamespace(score=score)
-    return SimpleNamespace(model=model, device=torch.device("cpu"), to_space=lambda x: x, sampler=_sampler_of())
+def _drawer(score, **settings):
+    model = SimpleNamespace(score=score, device=torch.device("cpu"))
+    return _sampler.Drawer(_sampler_of(**settings), model)
 
 
 def test_the_ratio_of_an_update_is_the_one_its_rule_holds():
-    drawer = _drawer(lambda x, sigma: (0.5 - x) / (sigma.view(-1, 1, 1, 1) ** 2 + 0.04))
-    assert ablation.ratios(_sampler_of(snr=0.3), drawer) == pytest.approx([0.3] * 3, rel=1e-5)
+    drawer = _drawer(lambda x, sigma: (0.5 - x) / (sigma.view(-1, 1, 1, 1) ** 2 + 0.04), snr=0.3)
+    assert ablation.ratios(drawer) == pytest.approx([0.3] * 3, rel=1e-5)
     # A score as long as z / sigma is gives sqrt(epsilon / 2) / sigma_L, up to the length of z.
-    drawer = _drawer(lambda x, sigma: torch.ones_like(x) / sigma.view(-1, 1, 1, 1))
-    found = ablation.ratios(_sampler_of(epsilon=2 * (0.3 * 0.1) ** 2), drawer)
+    drawer = _drawer(lambda x, sigma: torch.ones_like(x) / sigma.view(-1, 1, 1, 1), epsilon=2 * (0.3 * 0.1) ** 2)
+    found = ablation.ratios(drawer)
     assert found == pytest.approx([0.3] * 3, rel=0.03)
     assert found != pytest.approx([0.3] * 3, rel=1e-5)
 

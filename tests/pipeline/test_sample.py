@@ -207,6 +207,17 @@ def test_the_animation_ends_with_the_samples(drawer, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "x.gif").n_frames > 1
 
 
+def test_chains_start_uniform_or_at_the_noise_level_that_their_sampler_needs(sampler, weights, runtime):
+    index, sigma_1 = torch.arange(200), sampler.schedule["sigmas"][0]
+    starts = {
+        name: Drawer.of(dataclasses.replace(sampler, **own), weights, runtime).start(index)
+        for name, own in (("epsilon", {}), ("snr", {"snr": 0.5}), ("consistent", {"method": "consistent"}))
+    }
+    assert 0 <= starts["epsilon"].min() < starts["epsilon"].max() <= 1
+    assert starts["snr"].equal(starts["consistent"])
+    assert float((starts["snr"] - starts["epsilon"]).std()) == pytest.approx(sigma_1, rel=0.02)
+
+
 def test_the_consistent_method_draws_other_images_in_fewer_evaluations(sampler, weights, runtime, drawer):
     share = {"epsilon": 0.8 * sampler.schedule["sigmas"][-1] ** 2, "steps_per_level": 3}
     consistent = dataclasses.replace(sampler, method="consistent", schedule=sampler.schedule | share)
