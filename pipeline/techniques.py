@@ -172,7 +172,7 @@ def plot_grids(rows: list[dict[str, Any]], path: Path) -> None:
             picture = np.asarray(grid_picture(x, math.isqrt(len(x))))
             axes.imshow(picture, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
             axes.set_title(f"{each['name']}\nFID {_sweep.spread(each['mean'], each['std'])}", fontsize=9)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
