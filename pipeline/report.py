@@ -5,8 +5,6 @@ The same input gives the same bytes. Then it completes the MLflow run, which the
 have not written to, and ends it.
 """
 
-import base64
-import io
 import json
 import os
 import platform
@@ -18,13 +16,13 @@ import matplotlib
 import numpy as np
 import torch
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from pipeline import _neighbours, _params, _stage, _track, evaluate, features, prepare, sample, schedule, train
+from pipeline import _neighbours, _page, _params, _stage, _track, evaluate, features, prepare, sample, schedule, train
+from pipeline._page import data_uri, shown, svg
 from pipeline._pictures import STYLE, grid_picture
 from pipeline._stage import StageError
 from pipeline._store import read_json, write_text
@@ -32,7 +30,6 @@ from pipeline._store import read_json, write_text
 OUT = Path("out/report.html")
 LOCK = Path("dvc.lock")
 GRID = 100  # images in a grid, as in out/samples/grid.png
-WIDEST = 1400  # pixels of a picture: more would make a large file and show no more
 WINDOWS = 5  # of the training, each twice as long as the one before
 NAMED_CLASSES = 60  # there is no room for more names below a plot
 METRICS = {"fid": "FID ↓", "is": "IS ↑", "kid": "KID ↓", "precision": "Precision ↑", "recall": "Recall ↑"}
@@ -53,19 +50,13 @@ def main(params: _params.Params) -> None:
 def render(params: _params.Params) -> str:
     """The whole page."""
     data, levels, judged = prepare.manifest(), schedule.load(), read_json(evaluate.OUT / "passports.json")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "setting": setting}
     zero = levels["dim"] / 2 if params.loss.name == "dsm" else 0.0
     model = read_json(train.OUT / "model.json")
     trained = "source" not in model  # here, not fetched
     with matplotlib.rc_context(STYLE):
-        return environment.get_template("report.html").render(
+        return _page.render(
+            "report.html",
+            {},
             data=data,
             schedule=levels,
             model=model,
@@ -260,13 +251,6 @@ def share_plot(shares: list[float], real: list[float], names: list[str]) -> str:
     return svg(figure)
 
 
-def svg(figure: Figure) -> str:
-    """A figure as a data URI, without the date."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return data_uri(file.getvalue(), "image/svg+xml")
-
-
 def real_grid() -> str:
     """As many training images as the grid of samples shows."""
     data, _ = prepare.load("train")
@@ -278,29 +262,6 @@ def picture(image: np.ndarray) -> Image.Image:
     """One image, uint8 (C, H, W), as it is."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
     return Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
-
-
-def shown(image: Image.Image) -> str:
-    """A picture as a data URI, scaled down if it is very large."""
-    image.thumbnail((WIDEST, WIDEST))
-    file = io.BytesIO()
-    image.save(file, format="png")
-    return data_uri(file.getvalue(), "image/png")
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """Content of a MIME type, to be put into the page itself."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def number(value: float, digits: int = 4) -> str:
-    """A measured number for people: 9,841 or 52.10 or 0.001234."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
-
-
-def setting(value: Any) -> str:
-    """A value as params.yaml has it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,8 @@
 A training is dear and drawing is cheap, so there are two levels: each trial trains a network for tune.steps steps, by
 Ray Train with runtime.workers of its own, then draws tune.n images in each of the ways of the section `tune` and is
 judged by the best FID. The first trial is that of the section `noise` as it is. Reads out/data and out/features; writes
-out/tune: trials.json, table.json, sweep.txt and plots, and best.yaml, which is also conf/noise/tuned.yaml, so that this
-trains and draws with the best setting:
+out/tune: report.html with the plots, sweep.txt, trials.json, table.json, and best.yaml, which is also
+conf/noise/tuned.yaml, so that this trains and draws with the best setting:
 
   dvc exp run -S noise=tuned
 
@@ -14,6 +14,7 @@ trial is a run below that of the sweep.
 
 import argparse
 import dataclasses
+import json
 import math
 import shutil
 from functools import partial
@@ -25,11 +26,13 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import (
     _checkpoints,
     _extractors,
+    _page,
     _params,
     _ray,
     _stage,
@@ -57,6 +60,7 @@ CODE = (
     *("tune", "_extractors", "_reference", "_sampler", "_shards", "_sweep", "_trial"),
     *("evaluate", "frontier", "sample", "schedule", "select", "train"),
 )
+PLOTS = "parallel", "axes", "frontier"
 RUNGS = 4, 2  # parts of the training after which ASHA may stop it
 
 
@@ -82,7 +86,7 @@ def main(params: _params.Params, *, trial: bool = False) -> None:
         rows = sorted((row(each, sweep.folder) for each in found), key=lambda each: each["fid"] or math.inf)
         if rows[0]["fid"] is None:
             raise StageError(f"no trial was finished: {rows[0]['reason']}; the logs are {sweep.folder}/*/{_trial.LOG}")
-        publish(rows, params, out)
+        publish(rows, params, sweep.folder, out)
         sweep.run.artifact(out, "sweep")
         sweep.run.tables("sweep/table.json")
         sweep.run.metrics({"fid": rows[0]["fid"], "nfe": rows[0]["best"]["nfe"]})
@@ -187,18 +191,61 @@ def row(found: _ray.Trial, folder: Path) -> dict[str, Any]:
     return entry | {"state": "finished", "reason": None, "measured": measured}
 
 
-def publish(rows: list[dict[str, Any]], params: _params.Params, out: Path) -> None:
-    """Write all that out/tune has; the rows are sorted, the best trial first."""
+def publish(rows: list[dict[str, Any]], params: _params.Params, folder: Path, out: Path) -> None:
+    """Write all that out/tune has; the rows are sorted, the best trial first, and of the trials in a folder."""
     write_json(out / "trials.json", {"n": params.tune.n, "steps": params.tune.steps, "trials": rows})
     columns = ["trial", *AXES, *WAY, "nfe", "fid", "state", "reason"]
     cells = [flat(each) for each in rows]
     write_json(out / "table.json", {"columns": columns, "data": [[cell.get(key) for key in columns] for cell in cells]})
-    write_text(out / "sweep.txt", table(rows) + "\n")
+    write_text(out / "sweep.txt", f"{table(rows)}\n\n{verdict(rows)}\n\n{told(rows[0], params)}\n")
     write_text(out / "best.yaml", tuned(rows[0], params))
     finished = [each for each in rows if each["fid"] is not None]
     plot_parallel(finished, out / "parallel.png")
     plot_axes(finished, params.tune.n, out / "axes.png")
     frontier.plot([way for each in finished for way in each["ways"]], params.tune.n, out / "frontier.png")
+    write_text(out / "report.html", page(rows, params, folder, out))
+
+
+def page(rows: list[dict[str, Any]], params: _params.Params, folder: Path, out: Path) -> str:
+    """The sweep as one HTML file, with the plots that are in `out` and the pictures that are in the trials' folders."""
+    grids = {each["trial"]: folder / each["trial"] / "grid.png" for each in rows}
+    return _page.render(
+        "sweep.html",
+        {"words": frontier.words},
+        data=params.data.name,
+        axes=AXES,
+        rows=rows,
+        told=told(rows[0], params),
+        verdict=verdict(rows),
+        pictures={name: _page.data_uri((out / f"{name}.png").read_bytes(), "image/png") for name in PLOTS},
+        grids={name: _page.shown(Image.open(path)) for name, path in grids.items() if path.exists()},
+        measured=json.dumps(rows[0]["measured"], indent=2),
+    )
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether the schedule as given, by default that computed from the data, is as good as the best of the others."""
+    given = next(each for each in rows if each["trial"] == AS_GIVEN)
+    others = [each["fid"] for each in rows if each["trial"] != AS_GIVEN]
+    finished = [fid for fid in others if fid is not None]
+    if given["fid"] is None:
+        return f"The schedule as given {given['state']}: {given['reason']}."
+    if not finished:
+        return f"The schedule as given: FID {given['fid']:.4g}; no other network was finished."
+    ratio = given["fid"] / min(finished)
+    return (
+        f"The schedule as given: FID {given['fid']:.4g}, {ratio:.3g} times that of the best of {len(others)} others, "
+        f"{len(finished)} of them trained to the end."
+    )
+
+
+def told(best: dict[str, Any], params: _params.Params) -> str:
+    """What all numbers of a sweep have in common."""
+    features = best["measured"]["extractor"]["name"]
+    return (
+        f"{params.model.name}, {params.tune.steps} steps of {params.train.batch_size}, data {params.data.name}, "
+        f"n = {params.tune.n}, features: {features}, seed {params.train.seed}"
+    )
 
 
 def flat(each: dict[str, Any]) -> dict[str, Any]:

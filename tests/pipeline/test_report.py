@@ -13,7 +13,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline import _extractors, evaluate, features, prepare, report, sample, schedule, train
+from pipeline import _extractors, _page, evaluate, features, prepare, report, sample, schedule, train
 from pipeline._params import Params
 from pipeline._pictures import grid_picture, save_gif, save_png
 from pipeline._stage import StageError
@@ -391,12 +391,12 @@ def test_short_curves_can_be_drawn(digits: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_large_pictures_are_scaled_down() -> None:
-    small, large = (report.shown(Image.new("L", (side, side))) for side in (report.WIDEST, 10 * report.WIDEST))
+    small, large = (_page.shown(Image.new("L", (side, side))) for side in (_page.WIDEST, 10 * _page.WIDEST))
     assert small == large
 
 
 def test_numbers_for_people() -> None:
-    assert [report.number(x) for x in (9841.4, 1234567, 52.1, 0.00123456, -1e-9, 7)] == [
+    assert [_page.number(x) for x in (9841.4, 1234567, 52.1, 0.00123456, -1e-9, 7)] == [
         "9,841",
         "1,234,567",
         "52.10",

@@ -80,14 +80,15 @@ def _way(T, fid, **other):
 
 def _trials(folder):
     """Two finished trials, one that was stopped, one that failed, as they lie in a sweep's folder."""
-    for name, sigma_1, fid in (("t_0", 4.0, 3.0), ("t_1", 2.0, 5.0)):
+    for name, sigma_1, fid in (("t_0", 4.0, 3.0), ("as_given", 2.0, 5.0)):
         setting = {"spacing": "geometric", "sigma_1": sigma_1, "sigma_L": 0.05, "L": 10}
         rows = [_way(1, None), _way(2, fid), _way(5, fid + 1, snr=0.4)]
         (folder / name).mkdir()
-        told = {"setting": setting, "fid": fid, "best": 1, "rows": rows, "n": 500, "checkpoint": {"step": 650}}
+        told = {"setting": setting, "fid": fid, "best": 1, "rows": rows, "n": 500}
+        told |= {"checkpoint": {"step": 650}, "extractor": {"name": "digits-classifier"}}
         write_json(folder / name / _trial.DONE, told)
     return [
-        _ray.Trial("t_1", {"noise.sigma_1": 2.0}, {"step": 650, "fid": 5.0}, None),
+        _ray.Trial("as_given", {}, {"step": 650, "fid": 5.0}, None),
         _ray.Trial("t_2", {"noise.sigma_1": 9.0}, {"step": 160, "fid": 77.0}, None),
         _ray.Trial("t_0", {"noise.sigma_1": 4.0}, {"step": 650, "fid": 3.0}, None),
         _ray.Trial("t_3", {"noise.sigma_1": 1.0}, {}, "loss or gradient not finite"),
@@ -100,12 +101,21 @@ def test_what_is_published(tmp_path, params):
     assert [each["state"] for each in rows] == ["finished", "finished", "stopped early", "failed"]
     out = tmp_path / "out"
     out.mkdir()
-    tune.publish(rows, params, out)
+    Image.new("L", (40, 40)).save(tmp_path / "t_0" / "grid.png")
+    tune.publish(rows, params, tmp_path, out)
     text = (out / "sweep.txt").read_text().splitlines()
     assert text[1].split()[:4] == ["t_0", "4", "0.05", "10"]
     assert text[1].endswith("annealed Langevin, T = 2, epsilon = 0.001" + " " * 13 + "   21        3")
     assert "stopped early: FID 77 at step 160" in text[3]
     assert "failed: loss or gradient not finite" in text[4]
+    compared = "The schedule as given: FID 5, 1.67 times that of the best of 3 others, 1 of them trained to the end."
+    assert text[6] == compared
+    assert "n = 500, features: digits-classifier, seed 0" in text[8]
+    page = (out / "report.html").read_text()
+    assert compared in page
+    assert "FID <strong>3.000</strong>" in page
+    assert page.count("data:image/png") == 4  # three plots, one grid of samples
+    assert "stopped early: FID 77 at step 160" in page
     content = read_json(out / "table.json")
     assert {len(cells) for cells in content["data"]} == {len(content["columns"])}
     assert dict(zip(content["columns"], content["data"][0], strict=True))["sigma_1"] == 4.0
@@ -115,6 +125,13 @@ def test_what_is_published(tmp_path, params):
     by_ratio = [{**each, "best": each["ways"][2], "ways": each["ways"][2:]} for each in rows[:2]]
     tune.plot_axes(by_ratio, 500, out / "by_ratio.png")  # no epsilon anywhere
     assert Image.open(out / "by_ratio.png").width > 800
+
+
+def test_the_schedule_as_given_is_compared_where_it_can_be(tmp_path):
+    found = [tune.row(each, tmp_path) for each in _trials(tmp_path)]
+    assert tune.verdict(found[:2]) == "The schedule as given: FID 5; no other network was finished."
+    failed = tune.row(_ray.Trial(tune.AS_GIVEN, {}, {}, "loss not finite"), tmp_path)
+    assert tune.verdict([failed, *found[1:]]) == "The schedule as given failed: loss not finite."
 
 
 def test_the_best_setting_is_an_option_that_composes(tmp_path, params, monkeypatch):
