@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from pipeline import (
     _extractors,
@@ -32,7 +34,7 @@ from pipeline import (
     select,
     train,
 )
-from pipeline._pictures import grid_picture
+from pipeline._pictures import STYLE, grid_picture
 from pipeline._sampler import Sampler
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint, read_json, write_json
@@ -219,6 +221,21 @@ def passport(best: dict[str, Any], name: str, extractor: _extractors.Extractor, 
 def spread(mean: float, std: float | None) -> str:
     """A mean with its standard deviation, if there is one, for people."""
     return f"{mean:.4g}" + (f" +- {std:.2g}" if std is not None else "")
+
+
+def plot_grids(rows: Sequence[Mapping[str, Any]], files: Sequence[Path], columns: int, path: Path) -> None:
+    """Draw the images that a file has for each row, under its name and the mean and spread of its FID."""
+    with matplotlib.rc_context(STYLE):
+        lines = -(-len(rows) // columns)
+        figure = Figure(figsize=(2.5 * columns, 2.9 * lines), layout="constrained")
+        for axes in figure.subplots(lines, columns, squeeze=False).flat:
+            axes.axis("off")
+        for axes, row, file in zip(figure.axes, rows, files, strict=False):
+            x = torch.from_numpy(np.load(file))
+            picture = np.asarray(grid_picture(x, math.isqrt(len(x))))
+            axes.imshow(picture, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
+            axes.set_title(f"{row['name']}\nFID {spread(row['mean'], row['std'])}", fontsize=9)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 @contextmanager

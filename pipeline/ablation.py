@@ -11,7 +11,6 @@ grids.png. Trials run in runs/ablation-..., where the same command goes on after
 import argparse
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from ncsn.noise import epsilon_rule, geometric_sigmas, linear_sigmas, snr_rule
 from ncsn.training import train_draws
 from pipeline import _extractors, _params, _ray, _shards, _stage, _sweep, _track, _trial, frontier, prepare, sample
 from pipeline import schedule as schedules
-from pipeline._pictures import STYLE, grid_picture
+from pipeline._pictures import STYLE
 from pipeline._sampler import Drawer, Sampler
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, write_json, write_text
@@ -71,10 +70,7 @@ def main(params: _params.Params, *, trial: bool = False) -> None:
 
 def of_trial(params: _params.Params) -> _params.Params:
     """The parameters of each trial: levels that need nothing computed, so that linear ones may have as many."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
-        x = torch.from_numpy(prepare.load("train")[0])
-    levels = schedules.choose(dataclasses.replace(params.noise, spacing="geometric"), x, params.train.space)
+    levels = schedules.of_data(dataclasses.replace(params.noise, spacing="geometric"), params.train.space)
     given = {key: levels[key] for key in ("sigma_1", "L", "epsilon")}
     base = dataclasses.replace(
         params, model=params.ablation.model, noise=dataclasses.replace(params.noise, **given, epsilon_scale=1.0)
@@ -284,22 +280,17 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 def plot_grids(rows: list[dict[str, Any]], trials: list[dict[str, Any]], path: Path) -> None:
     """Draw images of each row, of its first seed."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(rows), 3.9), layout="constrained")
-        for axes, each in zip(figure.subplots(1, len(rows)), rows, strict=True):
-            spacing, by_ratio = ROWS[each["name"]]
-            own = next(t for t in trials if (t["setting"]["spacing"], t["seed"]) == (spacing, each["seeds"][0]))
-            k = next(
-                k
-                for k, way in enumerate(own["rows"])
-                if (way["snr"] is not None) == by_ratio and size(way, own["setting"]["sigma_L"]) == each["r"]
-            )
-            x = torch.from_numpy(np.load(Path(own["folder"], f"images_{k}.npy")))
-            picture = grid_picture(x, math.isqrt(len(x)))
-            axes.imshow(np.asarray(picture), cmap="gray", interpolation="nearest", vmin=0, vmax=255)
-            axes.set_title(f"{each['name']}\nFID {_sweep.spread(each['mean'], each['std'])}", fontsize=9)
-            axes.axis("off")
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+    files = []
+    for each in rows:
+        spacing, by_ratio = ROWS[each["name"]]
+        own = next(t for t in trials if (t["setting"]["spacing"], t["seed"]) == (spacing, each["seeds"][0]))
+        k = next(
+            k
+            for k, way in enumerate(own["rows"])
+            if (way["snr"] is not None) == by_ratio and size(way, own["setting"]["sigma_L"]) == each["r"]
+        )
+        files.append(Path(own["folder"], f"images_{k}.npy"))
+    _sweep.plot_grids(rows, files, len(rows), path)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,7 @@ OUT = Path("out/schedule")
 
 def main(params: _params.Params) -> None:
     with _track.run(params) as run:
-        x, _ = prepare.load("train")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
-            schedule = choose(params.noise, torch.from_numpy(x), params.train.space)
+        schedule = of_data(params.noise, params.train.space)
         for key in ("sigma_1", "L", "epsilon"):
             log.info("%s = %.6g (%s)", key, schedule[key], schedule["how"][key])
         with replacing_folder(OUT) as folder:
@@ -43,6 +40,14 @@ def load(folder: Path = OUT) -> dict[str, Any]:
         raise StageError(f"{path} does not exist: write it with `dvc repro schedule`")
     schedule: dict[str, Any] = read_json(path)
     return schedule
+
+
+def of_data(given: _params.Noise, space: str) -> dict[str, Any]:
+    """What `choose` says of the training images in out/data."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
+        x = torch.from_numpy(prepare.load("train")[0])
+    return choose(given, x, space)
 
 
 def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict[str, Any]:

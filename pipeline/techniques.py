@@ -17,13 +17,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from safetensors.torch import save_file
 
 from pipeline import _checkpoints, _extractors, _params, _ray, _shards, _stage, _sweep, _track, _trial, sample, train
-from pipeline._pictures import STYLE, grid_picture
+from pipeline._pictures import STYLE
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, store, write_json, write_text
 
@@ -129,7 +128,7 @@ def publish(rows: list[dict[str, Any]], base: _params.Params, extractor: _extrac
     write_text(out / "techniques.txt", f"{table(rows)}\n\n{told} the denoising step\n")
     drawn = [each for each in rows if each["fid"]]
     plot(drawn, n, out / "fid.png")
-    plot_grids(drawn, out / "grids.png")
+    _sweep.plot_grids(drawn, [Path(each["images"]) for each in drawn], 4, out / "grids.png")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -157,22 +156,6 @@ def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.invert_yaxis()
         figure.savefig(path, dpi=130)
-
-
-def plot_grids(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw images of each set of Techniques, of its first seed."""
-    columns = 4
-    with matplotlib.rc_context(STYLE):
-        lines = -(-len(rows) // columns)
-        figure = Figure(figsize=(2.3 * columns, 2.6 * lines), layout="constrained")
-        for axes in figure.subplots(lines, columns, squeeze=False).flat:
-            axes.axis("off")
-        for axes, each in zip(figure.axes, rows, strict=False):
-            x = torch.from_numpy(np.load(each["images"]))
-            picture = np.asarray(grid_picture(x, math.isqrt(len(x))))
-            axes.imshow(picture, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
-            axes.set_title(f"{each['name']}\nFID {_sweep.spread(each['mean'], each['std'])}", fontsize=9)
-        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
