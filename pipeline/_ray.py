@@ -75,17 +75,23 @@ class World:
 
 
 @contextmanager
-def cluster(runtime: _params.Runtime) -> Iterator[None]:
+def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after.
 
-    To a cluster travels the code, to its workers also what the driver knows of S3 (the AWS variables).
+    To a cluster travels the code, to its workers also what the driver knows of S3 (the AWS variables). What workers
+    print is printed here, too, unless `quiet`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: set[psutil.Process] = set()
-    if address := _address(runtime):
+    if address := given_address(runtime):
         code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
         try:
-            ray.init(address, logging_level=logging.WARNING, runtime_env=None if _here() else code)
+            ray.init(
+                address,
+                logging_level=logging.WARNING,
+                log_to_driver=not quiet,
+                runtime_env={"worker_process_setup_hook": _quieter()} if _here() else code,
+            )
         except (ConnectionError, ValueError) as error:
             told = " ".join(str(error).split())
             raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
@@ -102,6 +108,7 @@ def cluster(runtime: _params.Runtime) -> Iterator[None]:
                 num_cpus=max(_cores(), most(runtime.workers)),
                 include_dashboard=False,
                 logging_level=logging.WARNING,
+                log_to_driver=not quiet,
                 runtime_env={"worker_process_setup_hook": _quieter()},
                 # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
                 _temp_dir=_local_folder(),
@@ -180,7 +187,7 @@ def share(path: Path, digest: str, runtime: _params.Runtime) -> Shared:
     A local cluster reads the file. On another one it goes through Ray's object store, or, from OBJECT_LIMIT bytes on,
     through runtime.storage, from where each node takes a copy to its disk.
     """
-    if not _address(runtime) or _here():
+    if not given_address(runtime) or _here():
         return Shared(path=path.resolve())
     if path.stat().st_size < OBJECT_LIMIT:
         return Shared(reference=ray.put(np.load(path)))
@@ -539,7 +546,7 @@ def _slots(runtime: _params.Runtime) -> tuple[dict[str, float], int]:
     else:
         # All there are, busy or not: those of a pool that has just ended are not free at once.
         options, room = {"num_cpus": 1.0}, int(ray.cluster_resources().get("CPU", 0))
-    if runtime.actors is not None and runtime.actors > room and not _address(runtime):
+    if runtime.actors is not None and runtime.actors > room and not given_address(runtime):
         what = f"{gpus:g} GPUs and runtime.gpus_per_actor={runtime.gpus_per_actor:g}" if gpus else f"{room} cores"
         raise StageError(f"runtime.actors={runtime.actors}: this machine has {what}, expected at most {room}, or null")
     return options, runtime.actors or max(1, room)
@@ -624,23 +631,29 @@ def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _quieter() -> Callable[[], None]:
     """Silences what Ray Train says of guards that a local cluster does not need.
 
-    The placement-group cleaner complains each second of a cluster without a dashboard; the request for more nodes
-    prints a traceback where processes start slowly. The function is a local one so that it is sent by value: by name,
-    each process of the cluster would import this module, and with it torch.
+    The placement-group cleaner complains each second of a cluster without a dashboard, and fails where it finds another
+    cluster on the machine; the request for more nodes prints a traceback where processes start slowly. The function is
+    a local one so that it is sent by value: by name, each process of the cluster would import this module, and with it
+    torch.
     """
 
     def quiet() -> None:
         import logging
+        import os
 
+        import ray
+
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         for name in ("controller.placement_group_cleaner", "scaling_policy.autoscaling_coordinator_client"):
-            logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel("ERROR")
+            logger = logging.getLogger(f"ray.train.v2._internal.execution.{name}")
+            logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # Ray sets levels anew, later
 
     return quiet
 
 
 def address(runtime: _params.Runtime) -> dict[str, str]:
     """The variables by which other programs on this machine find the cluster, within `cluster`."""
-    here = _here() or not _address(runtime)
+    here = _here() or not given_address(runtime)
     return {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address), HERE: "1" if here else ""}
 
 
@@ -654,7 +667,15 @@ def most(workers: int | tuple[int, ...]) -> int:
     return workers if isinstance(workers, int) else workers[-1]
 
 
-def _address(runtime: _params.Runtime) -> str | None:
+def resources() -> dict[str, float]:
+    """The "nodes", "CPU" and "GPU" of the cluster, busy or not, within `cluster`."""
+    there = ray.cluster_resources()
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return {"nodes": nodes, "CPU": there.get("CPU", 0.0), "GPU": there.get("GPU", 0.0)}
+
+
+def given_address(runtime: _params.Runtime) -> str | None:
+    """Of the cluster to connect to; None for one of our own on this machine."""
     return os.environ.get("RAY_ADDRESS") or runtime.ray_address
 
 

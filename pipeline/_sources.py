@@ -176,6 +176,20 @@ def fetch(data: Data) -> list[Path]:
     return paths
 
 
+def missing(data: Data) -> list[Source]:
+    """The published files of a data set that `fetch` would download, by their names alone.
+
+    Raises:
+        StageError: If a set of a person's own, or FFHQ, is not there.
+    """
+    sources = PUBLISHED.get(data.name, ())
+    if not sources:
+        _by_hand(data)
+        return []
+    at, own = folder(data), data.root is not None or _packaged(data)
+    return [each for each in sources if not (_present(each, at, own) or (at / each.name).is_file())]
+
+
 def download(source: Source, path: Path, hint: str = "") -> Path:
     """Download a file to `path`, unless it is there already.
 

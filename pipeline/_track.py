@@ -317,6 +317,34 @@ def read_artifact(uri: str, run: str, path: str) -> tuple[str, bytes]:
         raise StageError(f"{where}: {_line(error)}: {fix}") from error
 
 
+def probe(params: _params.Params) -> str:
+    """Make a run in the experiment, write to it, read that back and delete it.
+
+    Returns:
+        Where MLflow is.
+
+    Raises:
+        StageError: If there is no answer, or another one than was written.
+    """
+    uri = tracking_uri(params)
+    about = _about(uri, params, None, "doctor") | {"name": "doctor"}
+    try:
+        client = _client(uri)
+        run_id, _ = _create(client, about)
+        client.log_metric(run_id, "probe", 1.0)
+        client.log_text(run_id, "probe", "probe.txt")
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(client.download_artifacts(run_id, "probe.txt", folder)).read_text()
+        found = client.get_run(run_id).data.metrics.get("probe"), text
+        client.delete_run(run_id)
+    except Exception as error:  # MLflow's, or that of a client below it
+        fix = "is it up? set MLFLOW_TRACKING_URI or runtime.tracking_uri"
+        raise StageError(f"MLflow at {_shown(uri)}: {_line(error)}: {fix}") from error
+    if found != (1.0, "probe"):
+        raise StageError(f"MLflow at {_shown(uri)}: what was written is not what is read: set MLFLOW_TRACKING_URI")
+    return _shown(uri)
+
+
 def revision() -> str | None:
     """The git commit of the working directory, with "-dirty" if tracked files differ; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -184,7 +184,7 @@ def test_analytics_of_dvc_are_off():
 
 def test_every_stage_has_a_help_text():
     stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
-    stages += ["frontier", "tune", "ablation", "techniques", "compose", "fetch", "estimate", "compare"]
+    stages += ["frontier", "tune", "ablation", "techniques", "compose", "fetch", "estimate", "doctor", "compare"]
     code = f"""
 import runpy, sys
 for stage in {stages}:

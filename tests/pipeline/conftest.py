@@ -33,7 +33,7 @@ def params(compose_params: Compose) -> _params.Params:
 def one_cluster(compose_params: Compose) -> Iterator[None]:
     """A local Ray cluster for all stages that are called in this process: each of its own takes 10 s to come and go."""
     with _ray.cluster(compose_params().runtime), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ray, "cluster", lambda runtime: contextlib.nullcontext())
+        patch.setattr(_ray, "cluster", lambda runtime, **_: contextlib.nullcontext())
         yield
 
 
