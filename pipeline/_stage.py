@@ -85,7 +85,14 @@ def progress(total: int, unit: str, what: str, done: int = 0) -> "tqdm[Any]":
     """A progress bar with pace and time left; where there is no terminal, a line each half minute."""
     pause = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, initial=done, unit=unit, desc=what, smoothing=0.05, mininterval=pause, maxinterval=max(pause, 10.0)
+        total=total,
+        initial=done,
+        unit=unit,
+        desc=what,
+        smoothing=0.05,
+        mininterval=pause,
+        maxinterval=max(pause, 10.0),
+        miniters=0,  # a sign of life, too, when nothing is done yet
     )
 
 
