@@ -1,0 +1,1 @@
+"""Node providers for Ray's cluster launcher: where its nodes come from, and how commands get there."""
