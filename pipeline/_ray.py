@@ -86,12 +86,13 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
     if address := given_address(runtime):
         code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
         try:
-            ray.init(
-                address,
-                logging_level=logging.WARNING,
-                log_to_driver=not quiet,
-                runtime_env={"worker_process_setup_hook": _quieter()} if _here() else code,
-            )
+            with _signals_kept():
+                ray.init(
+                    address,
+                    logging_level=logging.WARNING,
+                    log_to_driver=not quiet,
+                    runtime_env={"worker_process_setup_hook": _quieter()} if _here() else code,
+                )
         except (ConnectionError, ValueError) as error:
             told = " ".join(str(error).split())
             raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
@@ -99,10 +100,8 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        # Ray's processes inherit the mask: a signal to the whole process group is the stage's to answer.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)
         others = set(psutil.Process().children())
-        try:
+        with _signals_kept():
             ray.init(
                 "local",
                 num_cpus=max(_cores(), most(runtime.workers)),
@@ -113,14 +112,30 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
                 # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
                 _temp_dir=_local_folder(),
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         started = set(psutil.Process().children()) - others
     try:
         yield
     finally:
         with _ended_at_once(started):
             ray.shutdown()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Signals that come while Ray starts wait for the handlers that are there now, in place of which Ray puts its own.
+
+    Ray's processes inherit the mask: a signal to the whole process group is the stage's to answer.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)
+    ours = {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                if callable(handler):  # else Ray's is better than none: it ends Ray's processes, too
+                    signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -303,7 +318,6 @@ class _Post:
         self.thread = threading.Thread(target=self._listen, name="post", daemon=True)
 
     def __enter__(self) -> "_Post":
-        self.signals.take()  # from ray.init
         self.thread.start()
         return self
 

@@ -45,7 +45,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.getsignal(number) for number in self.NUMBERS}
-        self.take()
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -54,11 +55,6 @@ class StopSignals:
         # A call in C that ends with a result just as the handler raises becomes a SystemError.
         if isinstance(error, SystemError) and isinstance(error.__cause__, StoppedError):
             raise error.__cause__
-
-    def take(self) -> None:
-        """Take the signals over, again from whoever has done so since."""
-        for number in self.NUMBERS:
-            signal.signal(number, self._handle)
 
     def give_up(self) -> None:
         """From any thread: let the main one raise StoppedError now, held or not, for the signal that has come."""

@@ -150,10 +150,17 @@ def attempt(
         with _stage.StopSignals(), _track.run(params) as run:
             run.metrics({"fid": math.nan})  # MLflow compares runs by the metric that they have had first
             schedule.main(params)
-            on_the_way(run)
-            train.main(params)
-            select.main(params)
-            found = measure(run)
+            levels = schedule.load()
+            # MLflow compares runs by the first parameters that differ, in alphabetical order.
+            run.params({"axis": {key: levels[key] for key in AXES}})
+            try:
+                on_the_way(run)
+                train.main(params)
+                select.main(params)
+                found = measure(run)
+            except BaseException:  # what was drawn on the way was drawn so
+                run.params({"axis": {"epsilon": levels["epsilon"]}})
+                raise
             run.finish()
         write_json(Path(_trial.DONE), found)
     _trial.tell(step=params.train.steps, fid=read_json(Path(_trial.DONE))["fid"])
@@ -198,8 +205,7 @@ def told(
         run.artifact(folder, "evaluate")
     run.metrics({f"eval/{name}": best["fid"], "fid": best["fid"], "nfe": best["nfe"]}, base.step)
     levels = {key: schedule.load()[key] for key in ("spacing", *AXES)}
-    # MLflow compares runs by the first parameters that differ, in alphabetical order.
-    run.params({"axis": {key: levels[key] for key in AXES} | {"epsilon": best["epsilon"]}})
+    run.params({"axis": {"epsilon": best["epsilon"]}})
     run.params({"best": {key: best[key] for key in WAY}})
     run.image(np.asarray(grid), "samples", base.step)
     grid.save("grid.png")

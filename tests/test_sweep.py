@@ -84,6 +84,13 @@ def test_a_search_that_learns_stops_the_worse_ones_early(inside):
     trials = read_json(Path("out/tune/trials.json"))["trials"]
     assert len(trials) == 5
     assert {each["state"] for each in trials} == {"finished", "stopped early"}
+    client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], order_by=["start_time DESC"])
+    parent = next(run.data.tags["mlflow.parentRunId"] for run in runs if "mlflow.parentRunId" in run.data.tags)
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
+    states = {"finished": "FINISHED", "stopped early": "KILLED"}
+    assert sorted(run.info.status for run in below) == sorted(states[each["state"]] for each in trials)
+    assert all({"axis.sigma_1", "axis.epsilon"} <= run.data.params.keys() for run in below)
     assert all(1 <= each["setting"]["sigma_1"] <= 8 for each in trials if each["trial"] != "as_given")
 
 
