@@ -275,6 +275,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.xaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_major_formatter("{x:g}")
         sizes.xaxis.set_minor_locator(NullLocator())
+        sizes.yaxis.set_minor_formatter("{x:g}")
         figure.savefig(path, dpi=130)
 
 
