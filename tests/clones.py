@@ -31,6 +31,7 @@ def run(*command, cwd, **variables):
 
 def repository(folder):
     """This working tree, committed in a new repository."""
+    folder.mkdir(parents=True, exist_ok=True)
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -11,7 +11,8 @@ what squeue says is true, from the login node and from the head's autoscaler ali
       cpu:
         node_config: {sbatch: [--nodes=1, --exclusive, --mem=0]}
 
-Commands see CLUSTER_PORT, the first of ten ports that only the cluster's head has, by its job's id.
+Commands run in the clone, which all nodes have to see (CLUSTER_ROOT), and see CLUSTER_PORT, the first of ten ports that
+the cluster's head has for itself, by its job's id.
 """
 
 import json
@@ -47,6 +48,7 @@ IN_HOLDER = r"""d=/tmp/ray-slurm-$SLURM_JOB_ID
 until [ -p "$d/out" ]; do sleep 0.1; done
 cat >"$d/in"; { read -r rc; cat; } <"$d/out"; exit "$rc"
 """
+ROOT = str(Path(__file__).resolve().parent.parent.parent)  # of the clone, which all nodes see
 ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
 COMMENT = 1024  # bytes that Slurm keeps
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # Ray's, one a home: clusters that share a home would share it
@@ -277,7 +279,7 @@ class SrunCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
 
     def _script(self, cmd: str, variables: Mapping[str, object]) -> str:
         config, own = self.provider.provider_config, {"CLUSTER_PORT": str(self.provider.port())}
-        lines = [config.get("prolog", ":")]
+        lines = [f"export CLUSTER_ROOT={shlex.quote(ROOT)}; cd $CLUSTER_ROOT", config.get("prolog", ":")]
         for key, value in {**own, **variables}.items():
             lines.append(f"export {key}={shlex.quote(value if isinstance(value, str) else json.dumps(value))}")
         return "\n".join([*lines, cmd.replace(BOOTSTRAP, self._bootstrap)])
