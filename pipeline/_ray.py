@@ -101,17 +101,24 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         others = set(psutil.Process().children())
-        with _signals_kept():
-            ray.init(
-                "local",
-                num_cpus=max(_cores(), most(runtime.workers)),
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=not quiet,
-                runtime_env={"worker_process_setup_hook": _quieter()},
-                # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
-                _temp_dir=_local_folder(),
-            )
+        try:
+            with _signals_kept():
+                ray.init(
+                    "local",
+                    num_cpus=max(_cores(), most(runtime.workers)),
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    log_to_driver=not quiet,
+                    runtime_env={"worker_process_setup_hook": _quieter()},
+                    # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
+                    _temp_dir=_local_folder(),
+                )
+        except Exception as error:  # Ray has no type for it, and its half a minute cannot be set
+            if "timed out during startup" not in str(error):
+                raise
+            raise StageError(
+                "Ray did not start within 30 s, is the machine overloaded? The same command goes on"
+            ) from error
         started = set(psutil.Process().children()) - others
     try:
         yield
