@@ -244,10 +244,9 @@ def storage(params: _params.Params) -> Iterator[Finding]:
 
 def disk(params: _params.Params) -> Iterator[Finding]:
     """Room for outputs, and for Ray's objects."""
-    free = {str(Path.cwd()): shutil.disk_usage(".").free}
-    for path, bytes_ in free.items():
-        yield Finding("disk", OK, f"{bytes_ / 2**30:.0f} GiB free at {path}")
-        yield from room(bytes_, path)
+    free = shutil.disk_usage(".").free
+    yield Finding("disk", OK, f"{free / 2**30:.0f} GiB free at {Path.cwd()}")
+    yield from room(free, str(Path.cwd()))
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < 2 * 2**30:
         yield Finding("disk", WARNING, f"/dev/shm has {size / 2**20:.0f} MiB: Ray's objects go to /tmp, slower; "
