@@ -331,12 +331,14 @@ def probe(params: _params.Params) -> str:
     try:
         client = _client(uri)
         run_id, _ = _create(client, about)
-        client.log_metric(run_id, "probe", 1.0)
-        client.log_text(run_id, "probe", "probe.txt")
-        with tempfile.TemporaryDirectory() as folder:
-            text = Path(client.download_artifacts(run_id, "probe.txt", folder)).read_text()
-        found = client.get_run(run_id).data.metrics.get("probe"), text
-        client.delete_run(run_id)
+        try:
+            client.log_metric(run_id, "probe", 1.0)
+            client.log_text(run_id, "probe", "probe.txt")
+            with tempfile.TemporaryDirectory() as folder:
+                text = Path(client.download_artifacts(run_id, "probe.txt", folder)).read_text()
+            found = client.get_run(run_id).data.metrics.get("probe"), text
+        finally:
+            client.delete_run(run_id)
     except Exception as error:  # MLflow's, or that of a client below it
         fix = "is it up? set MLFLOW_TRACKING_URI or runtime.tracking_uri"
         raise StageError(f"MLflow at {_shown(uri)}: {_line(error)}: {fix}") from error

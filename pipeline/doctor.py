@@ -134,8 +134,8 @@ def machine(params: _params.Params) -> Iterator[Finding]:
         gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
         yield Finding("machine", OK, f"{cores} cores; {', '.join(gpus)}; CUDA {torch.version.cuda}")
     elif Path("/proc/driver/nvidia").exists():
-        yield Finding("machine", PROBLEM, "an NVIDIA driver, but torch sees no GPU: is it new enough for CUDA "
-                      f"{torch.version.cuda}? see nvidia-smi and CUDA_VISIBLE_DEVICES")  # fmt: skip
+        told = f"an NVIDIA driver, but torch sees no GPU: is it new enough for CUDA {torch.version.cuda}?"
+        yield Finding("machine", PROBLEM, f"{told} see nvidia-smi and CUDA_VISIBLE_DEVICES")
     else:
         yield Finding("machine", OK, f"{cores} cores, no GPU")
 
@@ -249,8 +249,8 @@ def disk(params: _params.Params) -> Iterator[Finding]:
     yield from room(free, str(Path.cwd()))
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < 2 * 2**30:
-        yield Finding("disk", WARNING, f"/dev/shm has {size / 2**20:.0f} MiB: Ray's objects go to /tmp, slower; "
-                      "in a container: --shm-size=8g")  # fmt: skip
+        told = f"/dev/shm has {size / 2**20:.0f} MiB: Ray's objects go to /tmp, slower; in a container: --shm-size=8g"
+        yield Finding("disk", WARNING, told)
 
 
 def room(free: int, where: str) -> Iterator[Finding]:

@@ -17,13 +17,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """What the markers `slow`, `root` and `gpu` ask for."""
+    """What the markers `slow`, `root`, `gpu` and `slurm` ask for."""
     if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
         pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("root") and not _may_mount():
         pytest.skip("mounts file systems, which takes root on Linux")
+    if item.get_closest_marker("slurm") and (missing := _no_slurm()):
+        pytest.skip(f"starts a Slurm cluster: {missing}")
 
 
 @functools.cache
@@ -31,6 +33,13 @@ def _may_mount():
     unshare = shutil.which("unshare")
     command = [unshare, "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return unshare is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@functools.cache
+def _no_slurm():
+    from tests.cluster.slurmlab import SlurmLab
+
+    return SlurmLab.missing()
 
 
 @pytest.fixture(scope="module")
