@@ -348,13 +348,12 @@ def probe(params: _params.Params) -> str:
 
 
 def revision() -> str | None:
-    """The git commit of the working directory, with "-dirty" if tracked files differ; None outside git."""
+    """The git commit of the working directory, with "-dirty" if tracked files differ; outside git NCSN_COMMIT."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+    with suppress(FileNotFoundError):
+        if found := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
+            return found
+    return os.environ.get("NCSN_COMMIT") or None
 
 
 def _about(uri: str, params: _params.Params, afterwards: str | None, sweep: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """For all tests: one thread, as threads of many small operations wait for each other on a busy machine; the order."""
 
 import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -17,14 +18,16 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """What the markers `slow`, `root`, `gpu` and `slurm` ask for."""
+    """What the markers `slow`, `root`, `gpu`, `hosts` and `slurm` ask for."""
     if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
         pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("root") and not _may_mount():
         pytest.skip("mounts file systems, which takes root on Linux")
-    if item.get_closest_marker("slurm") and (missing := _no_slurm()):
+    if item.get_closest_marker("hosts") and (missing := _no_lab("netlab", "NetLab")):
+        pytest.skip(f"starts hosts as namespaces: {missing}")
+    if item.get_closest_marker("slurm") and (missing := _no_lab("slurmlab", "SlurmLab")):
         pytest.skip(f"starts a Slurm cluster: {missing}")
 
 
@@ -36,10 +39,8 @@ def _may_mount():
 
 
 @functools.cache
-def _no_slurm():
-    from tests.cluster.slurmlab import SlurmLab
-
-    return SlurmLab.missing()
+def _no_lab(module, kind):
+    return getattr(importlib.import_module(f"tests.cluster.{module}"), kind).missing()
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,17 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
-from ray.autoscaler.command_runner import CommandRunnerInterface
-from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
+
+from cluster.providers._node import Commands, Nodes
 
 # Slurm kills what a step leaves behind, so a daemon must be a child of the batch step, which takes commands by a pipe.
 HOLDER = r"""#!/bin/bash
@@ -48,12 +47,10 @@ IN_HOLDER = r"""d=/tmp/ray-slurm-$SLURM_JOB_ID
 until [ -p "$d/out" ]; do sleep 0.1; done
 cat >"$d/in"; { read -r rc; cat; } <"$d/out"; exit "$rc"
 """
-ROOT = str(Path(__file__).resolve().parent.parent.parent)  # of the clone, which all nodes see
+ROOT = str(Path(__file__).resolve().parent.parent.parent)
 ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
 COMMENT = 1024  # bytes that Slurm keeps
-BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # Ray's, one a home: clusters that share a home would share it
 PORTS = 20000, 1000, 10  # the first port, how many clusters on a host, ports for each
-POLL, SIGN_OF_LIFE = 1.0, 30.0  # seconds
 
 
 @dataclass
@@ -80,7 +77,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(ours)}
 
 
-class SlurmNodeProvider(NodeProvider):  # type: ignore[misc]
+class SlurmNodeProvider(Nodes):
     """Nodes are jobs of this user that are called ray-CLUSTER."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -144,8 +141,19 @@ class SlurmNodeProvider(NodeProvider):  # type: ignore[misc]
         with self.lock:
             self.jobs.pop(node_id, None)
 
+    @property
+    def root(self) -> str:
+        """Of this clone, which all nodes see."""
+        return ROOT
+
+    def waits_for(self, node_id: str) -> str | None:
+        job = self.job(node_id)
+        if job is None:
+            raise click.ClickException(f"Slurm job {node_id} has ended: see `sacct -j {node_id}`")
+        return None if job.state == "RUNNING" else job.reason
+
     def port(self) -> int:
-        """The first of the cluster's ports; raises RuntimeError if it has no head."""
+        """By the id of the head's job; raises RuntimeError if there is none."""
         heads = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
         if not heads:
             raise RuntimeError(f"the cluster {self.cluster_name} has no head: its job has ended")
@@ -161,10 +169,10 @@ class SlurmNodeProvider(NodeProvider):  # type: ignore[misc]
         process_runner: Any,
         use_internal_ip: bool,
         docker_config: dict[str, Any] | None = None,
-    ) -> "SrunCommandRunner":
+    ) -> "SrunCommands":
         if docker_config and docker_config.get("container_name"):
             raise click.ClickException("docker is not for Slurm: name a container in the sbatch options, or a venv")
-        return SrunCommandRunner(self, node_id)
+        return SrunCommands(self, node_id)
 
     @property
     def _name(self) -> str:
@@ -186,129 +194,44 @@ def said(tags: Mapping[str, str]) -> str:
     return comment
 
 
-class SrunCommandRunner(CommandRunnerInterface):  # type: ignore[misc]
+class SrunCommands(Commands):
     """Commands on a node by srun, daemons by the batch step of its job."""
 
-    def __init__(self, provider: SlurmNodeProvider, node_id: str) -> None:
-        self.provider, self.node_id = provider, node_id
+    how_to_forward = "nothing: the login node reaches compute nodes by their names"
 
-    def run(
+    def execute(
         self,
-        cmd: str | None = None,
-        timeout: int = 120,
-        exit_on_fail: bool = False,
-        port_forward: Any = None,
-        with_output: bool = False,
-        environment_variables: dict[str, object] | None = None,
-        run_env: str = "auto",
-        ssh_options_override_ssh_key: str = "",
-        shutdown_after_run: bool = False,
-    ) -> str:
-        """Run a command, as soon as the job runs; the exit code of the program is then the command's."""
-        if port_forward:
-            raise click.ClickException("no port forwarding: the login node reaches compute nodes by their names")
-        self._running()
-        # What --stop appends: there is no "ray teardown" any more, and no machine of ours to shut down.
-        cmd, off, _ = (
-            (cmd or "sleep infinity").replace("ray teardown ", "ray down ").partition("; sudo shutdown -h now")
-        )
-        script = self._script(cmd, environment_variables or {})
-        if "ray start" in cmd:
-            words, options = self._srun("bash", "-c", IN_HOLDER), {"input": script}
-        else:
-            tty = ["--pty"] if sys.stdin and sys.stdin.isatty() and not with_output else []
-            words, options = self._srun(*tty, "bash", "-c", script), {} if tty else {"input": ""}
-        pipe = subprocess.PIPE if with_output else None
-        done = subprocess.run(words, env=environment(), text=True, stdout=pipe, check=False, **options)  # type: ignore[call-overload]
-        if off or shutdown_after_run:
-            self.provider.terminate_node(self.node_id)
-        if done.returncode:
-            error = click.ClickException(f"exit code {done.returncode} on {self._place()}: {cmd}")
-            error.exit_code = done.returncode  # type: ignore[misc]  # that of `ray submit`, too
-            raise error
-        return done.stdout if with_output else ""
+        script: str,
+        source: BinaryIO | None = None,
+        sink: BinaryIO | None = None,
+        *,
+        daemon: bool = False,
+        shell: bool = False,
+    ) -> int:
+        if daemon:
+            with tempfile.TemporaryFile() as told:
+                told.write(script.encode())
+                told.seek(0)
+                return self._srun("bash", "-c", IN_HOLDER, stdin=told, stdout=sink)
+        if source or sink or not (sys.stdin and sys.stdin.isatty()):
+            return self._srun("bash", "-c", script, stdin=source or subprocess.DEVNULL, stdout=sink)
+        return self._srun("--pty", "bash", "-c", script)
 
-    def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy a file or a folder to the node."""
-        self._running()
-        there = self._path(target)
-        if Path(source).is_dir():
-            leave = [f"--exclude={each.rstrip('/')}" for each in (options or {}).get("rsync_exclude", [])]
-            pack = ["tar", "-C", source, *leave, "-c", "."]
-            unpack = f'mkdir -p "{there}" && tar -C "{there}" -x'
-        else:
-            pack, unpack = (
-                ["cat", source],
-                f'mkdir -p "$(dirname "{there}")" && cat >"{there}.part" && mv "{there}.part" "{there}"',
-            )
-        with _piped(pack) as out:
-            self._copied(self._srun("bash", "-c", unpack), stdin=out)
-
-    def run_rsync_down(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy a file or a folder from the node."""
-        self._running()
-        there, folder = self._path(source.rstrip("/")), Path(target)
-        kind = subprocess.run(
-            self._srun("bash", "-c", f'[ -d "{there}" ]'), env=environment(), stdin=subprocess.DEVNULL, check=False
-        )
-        if kind.returncode == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _piped(self._srun("bash", "-c", f'tar -C "{there}" -c .')) as out:
-                self._copied(["tar", "-C", target, "-x"], stdin=out)
-            return
-        part = folder.with_name(f".{folder.name}.part")
-        with open(part, "wb") as out:
-            self._copied(self._srun("bash", "-c", f'cat "{there}"'), stdin=subprocess.DEVNULL, stdout=out)
-        part.replace(target)
+    def place(self) -> str:
+        job = self.provider.job(self.node_id)
+        return f"{job.host} (Slurm job {self.node_id})" if job and job.host else f"Slurm job {self.node_id}"
 
     def remote_shell_command_str(self) -> str:
-        return shlex.join(self._srun("--pty", "bash"))
+        return shlex.join(self._words("--pty", "bash"))
 
-    def _running(self) -> None:
-        """Wait until the job runs, however long the queue is; say so."""
-        since, said = time.monotonic(), -SIGN_OF_LIFE
-        while not self.provider.is_running(self.node_id):
-            job = self.provider.job(self.node_id)
-            if job is None:
-                raise click.ClickException(f"Slurm job {self.node_id} has ended: see `sacct -j {self.node_id}`")
-            waited = time.monotonic() - since
-            if waited - said >= SIGN_OF_LIFE:
-                print(f"Slurm job {self.node_id} waits in the queue ({job.reason}), {waited:.0f} s", flush=True)
-                said = waited
-            time.sleep(POLL)
+    def _words(self, *words: str) -> list[str]:
+        # -X: Ctrl-C goes to the command at once.
+        return ["srun", f"--jobid={self.node_id}", "--overlap", "--nodes=1", "--ntasks=1", "--quiet", "-X", *words]
 
-    def _script(self, cmd: str, variables: Mapping[str, object]) -> str:
-        config, own = self.provider.provider_config, {"CLUSTER_PORT": str(self.provider.port())}
-        lines = [f"export CLUSTER_ROOT={shlex.quote(ROOT)}; cd $CLUSTER_ROOT", config.get("prolog", ":")]
-        for key, value in {**own, **variables}.items():
-            lines.append(f"export {key}={shlex.quote(value if isinstance(value, str) else json.dumps(value))}")
-        return "\n".join([*lines, cmd.replace(BOOTSTRAP, self._bootstrap)])
-
-    @property
-    def _bootstrap(self) -> str:
-        return f"~/.ray-{self.provider.cluster_name}.yaml"
-
-    def _path(self, path: str) -> str:
-        path = path.replace(BOOTSTRAP, self._bootstrap)
-        return path.replace("~", "$HOME", 1) if path.startswith("~") else path
-
-    def _srun(self, *words: str) -> list[str]:
-        return ["srun", f"--jobid={self.node_id}", "--overlap", "--nodes=1", "--ntasks=1", "--quiet", *words]
-
-    def _copied(self, words: list[str], **options: Any) -> None:
-        done = subprocess.run(words, env=environment(), check=False, **options)
-        if done.returncode:
-            raise click.ClickException(f"copying to or from {self._place()} failed: exit code {done.returncode}")
-
-    def _place(self) -> str:
-        job = self.provider.job(self.node_id)
-        return f"{job.host if job else 'a node that has ended'} (Slurm job {self.node_id})"
-
-
-@contextmanager
-def _piped(words: list[str]) -> Iterator[Any]:
-    """What a command prints; raises ClickException if it fails."""
-    with subprocess.Popen(words, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-        yield process.stdout
-    if process.returncode:
-        raise click.ClickException(f"{shlex.join(words[:3])} ... ended with exit code {process.returncode}")
+    def _srun(self, *words: str, **options: Any) -> int:
+        """The exit code of a command, also of one that Ctrl-C has told to end: it may have something to save."""
+        with subprocess.Popen(self._words(*words), env=environment(), **options) as process:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                return process.wait()

@@ -1,4 +1,4 @@
-"""A Slurm cluster of hosts on this machine, one for the session, for tests with the marker `slurm`."""
+"""Clusters of hosts on this machine, one of each kind for the session: a Slurm, and the Pods of Kubernetes."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.clones import ROOT
+from tests.cluster.kubelab import KubeLab
 from tests.cluster.netlab import wait_for
 from tests.cluster.slurmlab import SlurmLab
 
@@ -19,15 +20,11 @@ def lab_of(kind, **options):
     lab = kind(root, bind=[Path(sys.prefix).resolve(), ROOT], **options)
     lab.home = root / "shared"
     lab.home.mkdir()
-    token = lab.home / "token"
-    token.write_text("0" * 32)
-    token.chmod(0o600)
     lab.env = {key: value for key, value in lab.env.items() if not key.startswith(("RAY_", "MLFLOW_", "DVC_", "AWS_"))}
     lab.env |= {
         "HOME": str(lab.home),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     return lab
@@ -36,6 +33,14 @@ def lab_of(kind, **options):
 @pytest.fixture(scope="session")
 def slurm():
     lab = lab_of(SlurmLab, nodes=3, gpus=2)
+    with lab:
+        yield lab
+    shutil.rmtree(lab.root)
+
+
+@pytest.fixture(scope="session")
+def kube():
+    lab = lab_of(KubeLab)
     with lab:
         yield lab
     shutil.rmtree(lab.root)
