@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import click
 from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # Ray's, one a home: clusters that share a home would share it
 TOKEN = Path("~/.ray/auth_token")
@@ -38,6 +39,13 @@ class Nodes(NodeProvider):  # type: ignore[misc]
     def port(self) -> int:
         """The first of the cluster's ports on its head."""
         raise NotImplementedError
+
+    def address(self) -> str:
+        """Of Ray's head; raises RuntimeError if there is none."""
+        heads = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
+        if not heads:
+            raise RuntimeError(f"the cluster {self.cluster_name} has no head: it has ended")
+        return f"{self.internal_ip(heads[0])}:{self.port()}"
 
     def environment(self) -> dict[str, str]:
         """What commands see besides."""
@@ -177,6 +185,8 @@ class Commands(CommandRunnerInterface):  # type: ignore[misc]
     def _script(self, cmd: str, variables: Mapping[str, object]) -> str:
         root = self._path(self.provider.root)
         own = {"CLUSTER_PORT": str(self.provider.port()), **self.provider.environment()}
+        if "ray start" not in cmd:
+            own["RAY_ADDRESS"] = self.provider.address()
         lines = [f'export CLUSTER_ROOT="{root}"; mkdir -p "$CLUSTER_ROOT"; cd "$CLUSTER_ROOT"']
         lines.append(self.provider.provider_config.get("prolog", ":"))
         for key, value in {**own, **variables}.items():

@@ -45,7 +45,7 @@ COMMIT = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
 CHUNK = 1 << 16
 PING = 20.0  # seconds between signs of life, without which what lies between ends a connection
 AGAIN = 2.0, 600.0  # seconds between tries to follow a command again, and for how long
-LOST = (OSError, WebSocketException, HTTPError)  # what a broken connection raises
+LOST = (OSError, WebSocketException, HTTPError, client.ApiException)  # what a broken connection raises
 # A command outlives the connection by which it was begun, so that it can be followed by another one.
 BEGIN = """mkdir {folder} && cd {folder} && cat >script <<'end of {folder}'
 {script}

@@ -1,5 +1,6 @@
 """Both providers of nodes, as Ray's launcher calls them: on a real Slurm, and on the Pods of a KubeLab."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -45,8 +46,9 @@ def cloud(request, monkeypatch, tmp_path):
     if request.param == "kube":
         monkeypatch.setenv("KUBECONFIG", f"{lab.home}/kubeconfig.here")
         yield Cloud(KubernetesNodeProvider, lab, POD, ended="Pod {} has ended: see `kubectl describe pod {}`")
-        for key in list(lab.pods):
-            lab.delete(*key)
+        for pod in list(lab.pods.values()):
+            with contextlib.suppress(KeyError):  # it went with its head
+                lab.delete("default", pod["metadata"]["name"])
         return
     for name in ("squeue", "sbatch", "srun", "scancel", "scontrol"):  # in this process, on the login host
         path = tmp_path / "bin" / name
@@ -156,7 +158,7 @@ def test_ctrl_c_goes_to_the_command_which_may_save(cloud, capfd):
     def interrupt():
         wait_for(lambda: seen.append(capfd.readouterr().out) or "begun" in "".join(seen), 30, "it does not begin")
         # As a terminal would, to the processes in its foreground: srun is one of them.
-        for child in psutil.Process().children():
+        for child in psutil.Process().children(recursive=True):
             if "srun" in child.name():
                 child.send_signal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
