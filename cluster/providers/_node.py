@@ -106,8 +106,12 @@ class Commands(CommandRunnerInterface):  # type: ignore[misc]
         if port_forward:
             raise click.ClickException(f"no port forwarding from here: expected {self.how_to_forward}")
         self._wait()
-        # What --stop appends: there is no "ray teardown" any more, and no machine of ours to shut down.
+        # `ray stop`, which `ray down` sends before it ends the node, would end all Ray processes of a host, those of
+        # another cluster, too. --stop appends it, a "ray teardown" that there is no more, and a shutdown.
         cmd, off, _ = (cmd or "$SHELL").replace("ray teardown ", "ray down ").partition("; sudo shutdown -h now")
+        cmd = cmd.replace("; ray stop; ", "; ")
+        if cmd == "ray stop":
+            return ""
         script = self._script(cmd, environment_variables or {})
         with tempfile.TemporaryFile() as printed:
             sink = printed if with_output else None

@@ -1,5 +1,6 @@
 """`ray up|submit|exec|down` with both of our providers: real Ray on hosts of this machine."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.clones import repository
+from tests.clones import ROOT, repository
 from tests.cluster.netlab import wait_for
 
 TOOLS = f"export PATH={Path(sys.executable).parent}:$PATH AUTOSCALER_UPDATE_INTERVAL_S=1\n"
@@ -38,6 +40,10 @@ class Launched:
     def env(self):
         return {"PYTHONPATH": str(self.clone)}
 
+    def spawn(self, log, command, *words):
+        enter = ["sh", "-c", 'cd "$0" && exec "$@"', self.clone]
+        return self.lab.spawn(self.host, *enter, "ray", command, self.file, *words, log=log, env=self.env())
+
 
 def launched(lab, host, folder, kind, node):
     """The cluster's yaml as it is, but for small nodes and the packages of this machine."""
@@ -51,6 +57,14 @@ def launched(lab, host, folder, kind, node):
     config["provider"]["prolog"] += "\n" + TOOLS + FASTER
     (clone / file).write_text(yaml.safe_dump(config))
     return Launched(lab, host, clone, file)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes", "aws"])
+def test_ray_takes_the_yaml(kind):
+    config = yaml.safe_load((ROOT / "cluster" / f"{kind}.yaml").read_text())
+    validate_config(prepare_config(config))
+    for local in config["file_mounts"].values():
+        assert (ROOT / local).exists() or local.startswith("~")
 
 
 @pytest.fixture
@@ -72,12 +86,66 @@ def on_pods(kube):
     assert not kube.pods
 
 
+TRAINING = [
+    "experiment=tiny",
+    "train.steps=1500",
+    "train.save_every=200",
+    "runtime.workers=[1,2]",
+    "runtime.resize_interval=5",
+]
+
+
+def reached(clone):
+    """The last step of which there is a checkpoint."""
+    return max((int(path.name.removeprefix("step_")) for path in clone.glob("runs/train-*/step_*")), default=0)
+
+
+def nodes(slurm, kind):
+    """Job and host of each of the cluster's nodes of a kind."""
+    told = slurm.run("login", "squeue", "-h", "-t", "RUNNING", "-o", "%A|%N|%k").stdout
+    jobs = [line.split("|", 2) for line in told.splitlines()]
+    return [(job, host) for job, host, tags in jobs if json.loads(tags)["ray-node-type"] == kind]
+
+
+@pytest.mark.slurm
+def test_training_survives_the_loss_of_its_head_and_of_a_host(slurm, on_slurm, tmp_path):
+    """Two workers on two hosts. The same command goes on after the loss of the head, by itself after that of a host."""
+    submit = ["submit", "--start", "cluster/repro.py", "--", *TRAINING]
+    log = tmp_path / "log"
+
+    def told():
+        return log.read_text()[-3000:]
+
+    first = on_slurm.spawn(log, *submit)
+    wait_for(lambda: reached(on_slurm.clone) >= 200 or first.poll() is not None, 400, told)
+    slurm.run("login", "scancel", nodes(slurm, "head")[0][0])
+    assert first.wait(120) != 0
+    at = reached(on_slurm.clone)
+    assert 200 <= at < 1500
+    second = on_slurm.spawn(log, *submit)
+    wait_for(lambda: reached(on_slurm.clone) > at + 200 or second.poll() is not None, 400, told)
+    victim = nodes(slurm, "worker")[0][1]
+    slurm.power_off(victim)
+    try:
+        assert second.wait(500) == 0, told()
+    finally:
+        slurm.boot_node(victim)
+    assert (on_slurm.clone / "out" / "report.html").is_file()
+    text = log.read_text()
+    assert "of size 2" in text or "2 workers" in text
+
+
 SCRIPT = """
 import os, socket, sys, ray
 from pathlib import Path
 ray.init(os.environ["RAY_ADDRESS"], logging_level="ERROR")
 print("driver on", socket.gethostname(), "given", sys.argv[1:])
-print("task on", ray.get(ray.remote(socket.gethostname).options(num_cpus=2).remote()))
+
+@ray.remote(num_cpus=2)
+def where():
+    return socket.gethostname()
+
+print("task on", ray.get(where.remote()))
 Path("out").mkdir(exist_ok=True)
 Path("out/report.html").write_text("report")
 sys.exit(3)

@@ -1,11 +1,8 @@
 """Slurm: real daemons on hosts of this machine, our scripts and our provider of nodes on them."""
 
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from tests.clones import repository
 from tests.cluster.netlab import wait_for
@@ -23,44 +20,35 @@ def test_a_job_has_its_gpus_and_its_exit_code(batch):
     assert (state, code, printed.strip()) == ("FAILED", 7, "gpus=0,1")
 
 
-# -- the launcher itself
+def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
+    """Two hosts; USR1 comes as it does before the time limit; the job is put back into the queue by itself."""
+    clone = repository(slurm.home / "batch")
+    (clone / ".venv").symlink_to(sys.prefix)
+    words = ["experiment=tiny", "train.steps=3000", "train.save_every=200", "runtime.workers=2"]
+    submit = ["sbatch", "--parsable", f"--output={clone}/job.out", "cluster/slurm/train.sbatch", *words]
+    told = slurm.run("login", "sh", "-c", 'cd "$0" && exec "$@"', clone, *submit)
+    job, printed = told.stdout.strip(), clone / "job.out"
 
+    def fields():
+        shown = slurm.run("login", "scontrol", "-o", "show", "job", job).stdout.split()
+        return dict(word.split("=", 1) for word in shown if "=" in word)
 
-@pytest.fixture(scope="module")
-def launched(slurm):
-    """A clone that all hosts see, and `ray COMMAND cluster/slurm.yaml ...` in it on the login host."""
-    clone = repository(slurm.home / "clone")
-    config = yaml.safe_load((clone / "cluster" / "slurm.yaml").read_text())
-    config |= {"setup_commands": [], "idle_timeout_minutes": 0.2}
-    small = {"sbatch": ["--nodes=1", "--exclusive", "--mem=0"]}
-    types = config["available_node_types"]
-    types["head"]["node_config"] = types["worker"]["node_config"] = small
-    types["worker"] |= {"resources": {"CPU": 2}, "max_workers": 2}
-    config["provider"]["prolog"] += f"export PATH={Path(sys.executable).parent}:$PATH\n"
-    (clone / "cluster" / "slurm.yaml").write_text(yaml.safe_dump(config))
+    def steps():
+        return {int(path.name.removeprefix("step_")) for path in clone.glob("runs/train-*/step_*")}
 
-    def launch(command, *words, seconds=600, check=True):
-        told = slurm.run(
-            "login",
-            *("sh", "-c", 'cd "$0" && exec "$@"', clone, "ray", command, "cluster/slurm.yaml", *words),
-            env={"PYTHONPATH": str(clone), "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-            timeout=seconds,
-            check=check,
-        )
-        print(told.stdout, told.stderr)
-        return told
+    def going():
+        return fields()["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
-    yield SimpleNamespace(clone=clone, launch=launch)
-    launch("down", "-y")
-    wait_for(lambda: not slurm.jobs(), 60, "jobs are left")
+    def text():
+        return printed.read_text()[-4000:] if printed.exists() else "nothing printed"
 
-
-@pytest.mark.slow
-def test_the_graph_runs_on_jobs(slurm, launched):
-    told = launched.launch("submit", "--start", "cluster/repro.py", "--", "experiment=tiny")
-    assert "workers     1 on node" in told.stdout
-    assert (launched.clone / "out" / "report.html").is_file()
-    assert (launched.clone / "dvc.lock").is_file()
-    failed = launched.launch("submit", "cluster/repro.py", "--", "noise.L=1000000", "noise.sigma_1=0.001", check=False)
-    assert failed.returncode == 1
-    assert "error: " in failed.stdout + failed.stderr
+    wait_for(lambda: max(steps(), default=0) >= 200 or not going(), 400, text)
+    slurm.run("login", "scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: fields()["Restarts"] == "1" or not going(), 120, text)
+    at = max(steps())
+    assert 200 <= at < 3000, text()
+    slurm.run("login", "scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm lets it wait for two minutes
+    wait_for(lambda: not going(), 600, text)
+    assert (fields()["JobState"], fields()["ExitCode"]) == ("COMPLETED", "0:0"), text()
+    assert "told to save and to go on later" in printed.read_text()
+    assert (clone / "out" / "report.html").is_file()
