@@ -37,6 +37,11 @@ from cluster.providers._node import Commands, Nodes
 HOLDER = r"""#!/bin/bash
 d=/tmp/ray-slurm-$SLURM_JOB_ID; rm -rf "$d"; mkdir -m 700 "$d"; mkfifo "$d/in" "$d/out"
 trap 'rm -rf "$d"' EXIT
+if [ -n "$HEAD" ]; then  # a worker goes when its head has gone, not when Slurm does not answer
+  while sleep 30; do
+    jobs=$(squeue --me -h -n "$SLURM_JOB_NAME" -o %A) && ! grep -qx "$HEAD" <<<"$jobs" && scancel "$SLURM_JOB_ID"
+  done &
+fi
 while :; do
   cmd=$(cat "$d/in")
   bash -c "$cmd" </dev/null >"$d/log" 2>&1
@@ -116,6 +121,11 @@ class SlurmNodeProvider(Nodes):
         return self.internal_ip(node_id)
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
+        head = tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD
+        old = self.non_terminated_nodes({} if head else {TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
+        if head:  # what is left of a cluster whose head was lost knows nothing of this one
+            self.terminate_nodes(old)
+        holder = HOLDER.replace("$HEAD", "" if head else old[0] if old else "")
         name = [
             "--parsable",
             f"--job-name={self._name}",
@@ -125,7 +135,7 @@ class SlurmNodeProvider(Nodes):
         ]
         made: dict[str, Any] = {}
         for _ in range(count):
-            told = slurm("sbatch", *name, *node_config.get("sbatch", []), text=HOLDER)
+            told = slurm("sbatch", *name, *node_config.get("sbatch", []), text=holder)
             made[told.strip().partition(";")[0]] = {}
         return made
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from cluster.providers.kubernetes import KubernetesNodeProvider
-from cluster.providers.slurm import SlurmNodeProvider
+from cluster.providers.slurm import SlurmNodeProvider, said
 from tests.cluster.netlab import wait_for
 
 HEAD = {"ray-node-type": "head", "ray-node-kind": "head", "ray-node-status": "uninitialized"}
@@ -193,13 +193,30 @@ def test_a_full_cluster_is_waiting_and_a_node_that_has_ended_an_error(cloud, cap
     assert ended.value.message == cloud.ended.format(last, last)
 
 
+def test_workers_go_with_their_head(cloud):
+    provider = cloud.provider()
+    head, _ = _head(cloud, provider)
+    ((worker, _),) = provider.create_node(cloud.node, WORKER, 1).items()
+    wait_for(lambda: provider.is_running(worker), 30, "it does not run")
+    provider.terminate_node(head)
+    wait_for(lambda: provider.non_terminated_nodes({}) == [], 60, "a worker is left")
+
+
+def test_a_new_head_has_no_workers_of_an_old_one(cloud):
+    provider = cloud.provider()
+    head, _ = _head(cloud, provider)
+    provider.create_node(cloud.node, WORKER, 1)
+    provider.terminate_node(head)
+    new, _ = _head(cloud, provider)
+    wait_for(lambda: provider.non_terminated_nodes({}) == [new], 10, "the old worker is left")
+
+
 # -- what is of one kind alone
 
 
-@pytest.mark.slurm
-def test_tags_that_slurm_would_cut_are_an_error(slurm):
+def test_tags_that_slurm_would_cut_are_an_error():
     with pytest.raises(RuntimeError, match="Slurm keeps 1024"):
-        SlurmNodeProvider({}, "lab").create_node(JOB, {"tag": "x" * 2000}, 1)
+        said({"tag": "x" * 2000})
 
 
 @pytest.fixture
@@ -207,15 +224,6 @@ def pods(cloud):
     if cloud.kind is not KubernetesNodeProvider:
         pytest.skip("of Kubernetes alone")
     return cloud
-
-
-def test_workers_go_with_their_head(pods):
-    provider = pods.provider()
-    head, _ = _head(pods, provider)
-    ((worker, _),) = provider.create_node(pods.node, WORKER, 1).items()
-    wait_for(lambda: provider.is_running(worker), 30, "it does not run")
-    provider.terminate_node(head)
-    assert provider.non_terminated_nodes({}) == []
 
 
 def test_a_command_outlives_its_connection(pods, capfd):
