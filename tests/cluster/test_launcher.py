@@ -14,6 +14,7 @@ from tests.clones import ROOT, repository
 from tests.cluster.netlab import wait_for
 
 TOOLS = f"export PATH={Path(sys.executable).parent}:$PATH AUTOSCALER_UPDATE_INTERVAL_S=1\n"
+TOOLS += "export OMP_NUM_THREADS=1\n"  # all hosts compute on the cores of this machine
 FASTER = (
     "export RAY_health_check_initial_delay_ms=1000 RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000\n"
 )
