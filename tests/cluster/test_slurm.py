@@ -26,9 +26,8 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     (clone / ".venv").symlink_to(sys.prefix)
     words = ["experiment=tiny", "train.steps=500", "train.save_every=100", "runtime.workers=4"]
     submit = ["sbatch", "--parsable", f"--output={clone}/job.out", "cluster/slurm/train.sbatch", *words]
-    told = slurm.run(
-        "login", "sh", "-c", 'cd "$0" && exec "$@"', clone, *submit, env={"OMP_NUM_THREADS": "1"}
-    )  # all hosts compute on the cores of this machine
+    one_core = {"OMP_NUM_THREADS": "1"}  # all hosts compute on the cores of this machine
+    told = slurm.run("login", "sh", "-c", 'cd "$0" && exec "$@"', clone, *submit, env=one_core)
     job, printed = told.stdout.strip(), clone / "job.out"
 
     def fields():
