@@ -89,8 +89,8 @@ def on_pods(kube):
 
 TRAINING = [
     "experiment=tiny",
-    "train.steps=500",
-    "train.save_every=100",
+    "train.steps=150",
+    "train.save_every=4",
     "runtime.workers=[1,2]",
     "runtime.resize_interval=5",
 ]
@@ -118,11 +118,11 @@ def test_training_survives_the_loss_of_its_head_and_of_a_host(slurm, on_slurm, t
         return log.read_text()[-3000:]
 
     first = on_slurm.spawn(log, *submit)
-    wait_for(lambda: reached(on_slurm.clone) >= 100 or first.poll() is not None, 400, told)
+    wait_for(lambda: reached(on_slurm.clone) >= 4 or first.poll() is not None, 400, told)
     slurm.run("login", "scancel", nodes(slurm, "head")[0][0])
     assert first.wait(120) != 0
     at = reached(on_slurm.clone)
-    assert 100 <= at < 500
+    assert 4 <= at < 150
     second = on_slurm.spawn(log, *submit)
     wait_for(lambda: reached(on_slurm.clone) > at or second.poll() is not None, 400, told)
     victim = nodes(slurm, "worker")[0][1]
