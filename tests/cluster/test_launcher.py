@@ -108,6 +108,7 @@ def nodes(slurm, kind):
     return [(job, host) for job, host, tags in jobs if json.loads(tags)["ray-node-type"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_training_survives_the_loss_of_its_head_and_of_a_host(slurm, on_slurm, tmp_path):
     """Two workers on two hosts. The same command goes on after the loss of the head, by itself after that of a host."""

@@ -199,7 +199,7 @@ def test_workers_go_with_their_head(cloud):
     ((worker, _),) = provider.create_node(cloud.node, WORKER, 1).items()
     wait_for(lambda: provider.is_running(worker), 30, "it does not run")
     provider.terminate_node(head)
-    wait_for(lambda: provider.non_terminated_nodes({}) == [], 60, "a worker is left")
+    wait_for(lambda: provider.non_terminated_nodes({}) == [], 120, "a worker is left")
 
 
 def test_a_new_head_has_no_workers_of_an_old_one(cloud):

@@ -20,6 +20,7 @@ def test_a_job_has_its_gpus_and_its_exit_code(batch):
     assert (state, code, printed.strip()) == ("FAILED", 7, "gpus=0,1")
 
 
+@pytest.mark.slow
 def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     """Two hosts; USR1 comes as it does before the time limit; the job is put back into the queue by itself."""
     clone = repository(slurm.home / "batch")
