@@ -18,17 +18,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """What the markers `slow`, `root`, `gpu`, `hosts` and `slurm` ask for."""
+    """What the markers `slow`, `root`, `gpu`, `docker`, `hosts` and `slurm` ask for."""
     if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
         pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("root") and not _may_mount():
         pytest.skip("mounts file systems, which takes root on Linux")
-    if item.get_closest_marker("hosts") and (missing := _no_lab("netlab", "NetLab")):
-        pytest.skip(f"starts hosts as namespaces: {missing}")
-    if item.get_closest_marker("slurm") and (missing := _no_lab("slurmlab", "SlurmLab")):
-        pytest.skip(f"starts a Slurm cluster: {missing}")
+    if item.get_closest_marker("docker") and not shutil.which("docker"):
+        pytest.skip("asks the docker client, which is not installed")
+    for marker, module, kind in (("hosts", "netlab", "NetLab"), ("slurm", "slurmlab", "SlurmLab")):
+        if item.get_closest_marker(marker) and (missing := _no_lab(module, kind)):
+            pytest.skip(f"starts hosts of this machine: {missing}")
 
 
 @functools.cache

@@ -9,9 +9,10 @@ import sys
 import tarfile
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import click
 from ray.autoscaler.command_runner import CommandRunnerInterface
@@ -20,10 +21,12 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # Ray's, one a home: clusters that share a home would share it
 TOKEN = Path("~/.ray/auth_token")
+File = BinaryIO | None
+Kind = Literal["command", "daemon", "shell"]
 POLL, SIGN_OF_LIFE = 1.0, 30.0  # seconds
 
 
-class Nodes(NodeProvider):  # type: ignore[misc]
+class Nodes(NodeProvider, ABC):  # type: ignore[misc]
     """A provider of nodes; every user has one token, by which Ray's processes know each other."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
@@ -32,31 +35,56 @@ class Nodes(NodeProvider):  # type: ignore[misc]
             _make_token(TOKEN.expanduser())
 
     @property
+    @abstractmethod
     def root(self) -> str:
         """The folder on the nodes where commands run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def port(self) -> int:
         """The first of the cluster's ports on its head."""
-        raise NotImplementedError
 
-    def address(self) -> str:
-        """Of Ray's head; raises RuntimeError if there is none."""
+    @abstractmethod
+    def waits_for(self, node_id: str) -> str | None:
+        """What keeps a node from running; None if it runs. Raises ClickException if it has ended."""
+
+    @abstractmethod
+    def commands(self, node_id: str) -> "Commands":
+        """Commands on a node."""
+
+    def head(self) -> str:
+        """The head's node; raises RuntimeError if there is none."""
         heads = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
         if not heads:
             raise RuntimeError(f"the cluster {self.cluster_name} has no head: it has ended")
-        return f"{self.internal_ip(heads[0])}:{self.port()}"
+        return str(heads[0])
+
+    def address(self) -> str:
+        """Of Ray's head; raises RuntimeError if there is none."""
+        return f"{self.internal_ip(self.head())}:{self.port()}"
+
+    def external_ip(self, node_id: str) -> str | None:
+        return self.internal_ip(node_id)
 
     def environment(self) -> dict[str, str]:
         """What commands see besides."""
         return {}
 
-    def waits_for(self, node_id: str) -> str | None:
-        """What keeps a node from running; None if it runs. Raises ClickException if it has ended."""
-        raise NotImplementedError
+    def get_command_runner(
+        self,
+        log_prefix: str,
+        node_id: str,
+        auth_config: dict[str, Any],
+        cluster_name: str,
+        process_runner: Any,
+        use_internal_ip: bool,
+        docker_config: dict[str, Any] | None = None,
+    ) -> "Commands":
+        if docker_config and docker_config.get("container_name"):
+            raise click.ClickException("no docker section here: name a container in node_config, if at all")
+        return self.commands(node_id)
 
 
-class Commands(CommandRunnerInterface):  # type: ignore[misc]
+class Commands(CommandRunnerInterface, ABC):  # type: ignore[misc]
     """Commands on one node, and copies to and from it."""
 
     how_to_forward: str
@@ -64,31 +92,22 @@ class Commands(CommandRunnerInterface):  # type: ignore[misc]
     def __init__(self, provider: Nodes, node_id: str) -> None:
         self.provider, self.node_id = provider, node_id
 
-    def execute(
-        self,
-        script: str,
-        source: BinaryIO | None = None,
-        sink: BinaryIO | None = None,
-        *,
-        daemon: bool = False,
-        shell: bool = False,
-    ) -> int:
+    @abstractmethod
+    def execute(self, script: str, source: File = None, sink: File = None, kind: Kind = "command") -> int:
         """Run a bash script on the node that runs, to its end.
 
         Args:
             source: A file that it reads; it has to know how long it is.
             sink: A file for what it prints; else that is printed here.
-            daemon: Whether it leaves processes behind that are to live on.
-            shell: Whether somebody will type.
+            kind: A "daemon" leaves processes behind that are to live on; in a "shell" somebody will type.
 
         Returns:
             Its exit code.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self) -> str:
         """The node, in messages."""
-        raise NotImplementedError
 
     def run(
         self,
@@ -115,7 +134,8 @@ class Commands(CommandRunnerInterface):  # type: ignore[misc]
         script = self._script(cmd, environment_variables or {})
         with tempfile.TemporaryFile() as printed:
             sink = printed if with_output else None
-            code = self.execute(script, sink=sink, daemon="ray start" in cmd, shell=cmd == "$SHELL")
+            kind: Kind = "daemon" if "ray start" in cmd else "shell" if cmd == "$SHELL" else "command"
+            code = self.execute(script, sink=sink, kind=kind)
             printed.seek(0)
             output = printed.read().decode(errors="replace")
         self._bring(cmd)

@@ -27,7 +27,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 from kubernetes import client, config
@@ -37,7 +37,7 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 from urllib3.exceptions import HTTPError
 from websocket import WebSocketException
 
-from cluster.providers._node import Commands, Nodes
+from cluster.providers._node import Commands, File, Kind, Nodes
 
 CLUSTER = "ray-cluster-name"
 PORT = 6379
@@ -124,9 +124,6 @@ class KubernetesNodeProvider(Nodes):
         pod = self.pod(node_id)
         return pod.status.pod_ip if pod else None
 
-    def external_ip(self, node_id: str) -> str | None:
-        return self.internal_ip(node_id)
-
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
         pod = copy.deepcopy(node_config)
         pod.setdefault("spec", {}).setdefault("restartPolicy", "Never")
@@ -156,18 +153,7 @@ class KubernetesNodeProvider(Nodes):
             raise click.ClickException(f"Pod {node_id} has ended: see `kubectl describe pod {node_id}`")
         return None if pod.status.phase == "Running" else _reason(pod)
 
-    def get_command_runner(
-        self,
-        log_prefix: str,
-        node_id: str,
-        auth_config: dict[str, Any],
-        cluster_name: str,
-        process_runner: Any,
-        use_internal_ip: bool,
-        docker_config: dict[str, Any] | None = None,
-    ) -> "ExecCommands":
-        if docker_config and docker_config.get("container_name"):
-            raise click.ClickException("docker is not for Kubernetes: name an image in node_config")
+    def commands(self, node_id: str) -> "ExecCommands":
         return ExecCommands(self, node_id)
 
     def _pods(self, tags: Mapping[str, str]) -> list[client.V1Pod]:
@@ -198,18 +184,10 @@ class ExecCommands(Commands):
     how_to_forward = "kubectl port-forward"
     provider: KubernetesNodeProvider
 
-    def execute(
-        self,
-        script: str,
-        source: BinaryIO | None = None,
-        sink: BinaryIO | None = None,
-        *,
-        daemon: bool = False,
-        shell: bool = False,
-    ) -> int:
-        if shell and sys.stdin and sys.stdin.isatty():
+    def execute(self, script: str, source: File = None, sink: File = None, kind: Kind = "command") -> int:
+        if kind == "shell" and sys.stdin and sys.stdin.isatty():
             return subprocess.run([*self._kubectl(), "bash", "-c", script], check=False).returncode
-        if source or sink or daemon or shell:
+        if source or sink or kind != "command":
             return self._exec(script, source, sink)
         return self._followed(script)
 
@@ -225,8 +203,8 @@ class ExecCommands(Commands):
     def _exec(
         self,
         script: str,
-        source: BinaryIO | None = None,
-        sink: BinaryIO | None = None,
+        source: File = None,
+        sink: File = None,
         heard: Callable[[int], None] = lambda size: None,
     ) -> int:
         """The exit code of a script, while the connection lasts; raises ConnectionError if that breaks.

@@ -26,12 +26,12 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
-from cluster.providers._node import Commands, Nodes
+from cluster.providers._node import Commands, File, Kind, Nodes
 
 # Slurm kills what a step leaves behind, so a daemon must be a child of the batch step, which takes commands by a pipe.
 HOLDER = r"""#!/bin/bash
@@ -117,9 +117,6 @@ class SlurmNodeProvider(Nodes):
         job = self.job(node_id)
         return socket.gethostbyname(job.host) if job and job.host else None
 
-    def external_ip(self, node_id: str) -> str | None:
-        return self.internal_ip(node_id)
-
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
         head = tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD
         old = self.non_terminated_nodes({} if head else {TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
@@ -164,24 +161,10 @@ class SlurmNodeProvider(Nodes):
 
     def port(self) -> int:
         """By the id of the head's job; raises RuntimeError if there is none."""
-        heads = self.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
-        if not heads:
-            raise RuntimeError(f"the cluster {self.cluster_name} has no head: its job has ended")
         first, clusters, each = PORTS
-        return first + int(heads[0]) % clusters * each
+        return first + int(self.head()) % clusters * each
 
-    def get_command_runner(
-        self,
-        log_prefix: str,
-        node_id: str,
-        auth_config: dict[str, Any],
-        cluster_name: str,
-        process_runner: Any,
-        use_internal_ip: bool,
-        docker_config: dict[str, Any] | None = None,
-    ) -> "SrunCommands":
-        if docker_config and docker_config.get("container_name"):
-            raise click.ClickException("docker is not for Slurm: name a container in the sbatch options, or a venv")
+    def commands(self, node_id: str) -> "SrunCommands":
         return SrunCommands(self, node_id)
 
     @property
@@ -209,16 +192,8 @@ class SrunCommands(Commands):
 
     how_to_forward = "nothing: the login node reaches compute nodes by their names"
 
-    def execute(
-        self,
-        script: str,
-        source: BinaryIO | None = None,
-        sink: BinaryIO | None = None,
-        *,
-        daemon: bool = False,
-        shell: bool = False,
-    ) -> int:
-        if daemon:
+    def execute(self, script: str, source: File = None, sink: File = None, kind: Kind = "command") -> int:
+        if kind == "daemon":
             with tempfile.TemporaryFile() as told:
                 told.write(script.encode())
                 told.seek(0)

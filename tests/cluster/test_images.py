@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import re
-import shutil
 import sys
 import tarfile
 import threading
@@ -72,7 +71,7 @@ def test_the_image_has_the_code_and_nothing_else(clone):
     assert "--constraint requirements.lock" in recipe
 
 
-@pytest.mark.skipif(not shutil.which("docker"), reason="asks the docker client, which is not installed")
+@pytest.mark.docker
 def test_the_docker_client_sends_just_that(clone):
     """To a daemon of ours, which only looks at what it is sent."""
     sent = []

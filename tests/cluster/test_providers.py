@@ -39,28 +39,35 @@ class Cloud:
         return self.kind(self.config, name)
 
 
-@pytest.fixture(params=[pytest.param("slurm", marks=pytest.mark.slurm), pytest.param("kube", marks=pytest.mark.hosts)])
-def cloud(request, monkeypatch, tmp_path):
-    lab = request.getfixturevalue(request.param)
-    monkeypatch.setenv("HOME", str(lab.home))
-    if request.param == "kube":
-        monkeypatch.setenv("KUBECONFIG", f"{lab.home}/kubeconfig.here")
-        yield Cloud(KubernetesNodeProvider, lab, POD, ended="Pod {} has ended: see `kubectl describe pod {}`")
-        for pod in list(lab.pods.values()):
-            with contextlib.suppress(KeyError):  # it went with its head
-                lab.delete("default", pod["metadata"]["name"])
-        return
+@pytest.fixture
+def pods(kube, monkeypatch):
+    monkeypatch.setenv("HOME", str(kube.home))
+    monkeypatch.setenv("KUBECONFIG", f"{kube.home}/kubeconfig.here")
+    yield Cloud(KubernetesNodeProvider, kube, POD, ended="Pod {} has ended: see `kubectl describe pod {}`")
+    for pod in list(kube.pods.values()):
+        with contextlib.suppress(KeyError):  # it went with its head
+            kube.delete("default", pod["metadata"]["name"])
+
+
+@pytest.fixture
+def jobs(slurm, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(slurm.home))
     for name in ("squeue", "sbatch", "srun", "scancel", "scontrol"):  # in this process, on the login host
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\nexec {shlex.join(lab.enter("login"))} {shutil.which(name)} "$@"\n')
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(slurm.enter("login"))} {shutil.which(name)} "$@"\n')
         path.chmod(0o755)
-    monkeypatch.setenv("SLURM_CONF", lab.env["SLURM_CONF"])
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(socket, "gethostbyname", lab.address.__getitem__)
-    yield Cloud(SlurmNodeProvider, lab, JOB, ended="Slurm job {} has ended: see `sacct -j {}`")
-    lab.run("login", "scancel", "--user=root")
-    wait_for(lambda: not lab.jobs(), 60, "jobs do not end")
+    monkeypatch.setattr(socket, "gethostbyname", slurm.address.__getitem__)
+    yield Cloud(SlurmNodeProvider, slurm, JOB, ended="Slurm job {} has ended: see `sacct -j {}`")
+    slurm.run("login", "scancel", "--user=root")
+    wait_for(lambda: not slurm.jobs(), 60, "jobs do not end")
+
+
+@pytest.fixture(params=[pytest.param("jobs", marks=pytest.mark.slurm), pytest.param("pods", marks=pytest.mark.hosts)])
+def cloud(request):
+    return request.getfixturevalue(request.param)
 
 
 def _runner(provider, node):
@@ -219,13 +226,7 @@ def test_tags_that_slurm_would_cut_are_an_error():
         said({"tag": "x" * 2000})
 
 
-@pytest.fixture
-def pods(cloud):
-    if cloud.kind is not KubernetesNodeProvider:
-        pytest.skip("of Kubernetes alone")
-    return cloud
-
-
+@pytest.mark.hosts
 def test_a_command_outlives_its_connection(pods, capfd):
     provider = pods.provider()
     _, runner = _head(pods, provider)
@@ -246,6 +247,7 @@ def test_a_command_outlives_its_connection(pods, capfd):
     assert "".join(seen) == "".join(f"line {k}\n" for k in range(1, 10))
 
 
+@pytest.mark.hosts
 def test_a_pod_that_is_lost_ends_its_command(pods):
     provider = pods.provider()
     node, runner = _head(pods, provider)
@@ -256,7 +258,6 @@ def test_a_pod_that_is_lost_ends_its_command(pods):
     assert provider.is_terminated(node)
 
 
-@pytest.mark.hosts
 def test_without_a_kubeconfig_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
