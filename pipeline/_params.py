@@ -230,6 +230,9 @@ class Runtime:
     """
 
     workers: int | tuple[int, ...] = _workers()
+    gpus_per_worker: float = _rule(
+        "a number > 0, below 1 where several trainings share a GPU", lambda value: 0 < value <= 1
+    )
     max_failures: int = _whole(0)
     resize_interval: float = _positive()
     save_interval: float = _positive()
@@ -329,6 +332,11 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"runtime.compile=True: expected false with loss={params.loss.name}: torch.compile does not take second "
             "derivatives"
+        )
+    if params.runtime.gpus_per_worker < 1 and params.runtime.workers != 1:
+        raise ParamsError(
+            f"runtime.gpus_per_worker={params.runtime.gpus_per_worker:g}: expected 1 with "
+            f"runtime.workers={params.runtime.workers}: NCCL refuses workers of one training that share a GPU"
         )
     if params.data.crop is not None and params.data.name not in ("image_folder", "celeba32", "celeba64"):
         raise ParamsError(f"data.crop={params.data.crop}: expected null with data={params.data.name}")

@@ -234,7 +234,7 @@ def train(
     signals: StopSignals,
     hear: Callable[..., None] = lambda kind, *what: None,
 ) -> None:
-    """Run fn(job, world) on every worker by Ray Train, one GPU each where the cluster has GPUs.
+    """Run fn(job, world) on every worker by Ray Train, each with runtime.gpus_per_worker of a GPU if there are any.
 
     When a worker or a node dies, all start anew, up to runtime.max_failures times; with a range of workers on what is
     left, and on more when there is more. Errors that another try would meet again (any but RuntimeError and OSError, of
@@ -244,7 +244,7 @@ def train(
     Args:
         fn: A function of an importable module; it keeps its own checkpoints.
         job: Any value that can be pickled.
-        runtime: Its workers, max_failures and resize_interval.
+        runtime: Its workers, gpus_per_worker, max_failures and resize_interval.
         name: Of the run, for Ray Train's own notes.
         signals: Held from when fn begins until it has ended.
         hear: Called in this process with what the workers `tell`.
@@ -279,7 +279,10 @@ def train(
             },
             torch_config=TorchConfig(timeout_s=int(LONGEST.total_seconds())),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=_gpus() > 0, elastic_resize_monitor_interval_s=runtime.resize_interval
+                num_workers=workers,
+                use_gpu=_gpus() > 0,
+                resources_per_worker={"GPU": runtime.gpus_per_worker} if _gpus() else None,
+                elastic_resize_monitor_interval_s=runtime.resize_interval,
             ),
             run_config=RunConfig(
                 name=name,
@@ -406,7 +409,7 @@ def sweep(
 ) -> list[Trial]:
     """Run trial(name, setting, report) by Ray Tune for many settings, within `cluster`; trials fail alone.
 
-    The same call with the same folder goes on where an earlier one ended.
+    The same call with the same folder goes on where an earlier one ended; trials that failed there are tried again.
 
     Args:
         trial: Reports {"step": ..., "fid": ...}, the last of them at the end; it runs on this node, takes no CPU of the
@@ -455,7 +458,7 @@ def sweep(
     )
     if tune.Tuner.can_restore(folder / "tune"):
         log.info("going on with the sweep in %s", folder)
-        tuner = tune.Tuner.restore(str(folder / "tune"), trainable=bound, param_space=space)
+        tuner = tune.Tuner.restore(str(folder / "tune"), trainable=bound, param_space=space, restart_errored=True)
     else:
         tuner = tune.Tuner(
             bound,
@@ -485,12 +488,13 @@ def trainings(runtime: _params.Runtime) -> int:
     """
     workers, kind = most(runtime.workers), "GPU" if _gpus() else "CPU"
     there = ray.cluster_resources().get(kind, 0)
+    share = runtime.gpus_per_worker if _gpus() else 1
     if there < workers:
         raise StageError(
             f"runtime.workers={runtime.workers}: a trial needs {workers} {kind}s, the cluster has {there:g}: lower it, "
             "or wait for more nodes"
         )
-    return int(there) // workers
+    return int(there / (workers * share) + 1e-6)
 
 
 def _between(values: tuple[float, ...], tune: Any) -> Any:

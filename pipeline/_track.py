@@ -199,13 +199,13 @@ class _Courier(threading.Thread):
         self.uri = tracking_uri(params)
         self.params, self.about = params, _about(self.uri, params, afterwards, sweep)
         name = fingerprint([self.about[key] for key in ("uri", "experiment", "key", "afterwards")])
-        self.earlier = sorted(SPOOL.resolve().glob(f"{name}-*"))
+        self.earlier = _folders(SPOOL.resolve(), f"{name}-*")
         # A stage goes on in the folder of the last one if that still has something to say about the same run.
         last = self.earlier[-1] if self.earlier else None
         goes_on = last is not None and _waits(last) and not (last / "finished").exists()
         lock = _claim(last) if last is not None and goes_on else None
         self.own = self.earlier.pop() if lock else SPOOL.resolve() / f"{name}-{time.time_ns()}"
-        self.lock = lock or _claim(self.own)
+        self.lock = lock or _make(self.own)
         self.closing = threading.Event()
         self.away, self.tidy = False, False
 
@@ -242,15 +242,14 @@ class _Courier(threading.Thread):
         if waits := _waits(self.own):
             log.warning("%s for MLflow in %s, for the next stage to send", waits, os.path.relpath(self.own))
         else:
-            shutil.rmtree(self.own)
-        if self.lock:
-            self.lock.close()
+            _remove(self.own)
+        self.lock.close()
 
     def _round(self) -> None:
         try:
             _send(self.own)
             if not self.tidy:
-                self._send_left(sorted(self.own.parent.iterdir()))
+                self._send_left(_folders(self.own.parent))
                 self.tidy = True
         except Exception as error:  # told, and what was to be sent stays
             self._missed(error)
@@ -267,7 +266,7 @@ class _Courier(threading.Thread):
                     about = folder / "run.json"
                     if not about.exists() or read_json(about)["uri"] == self.uri:
                         _send(folder)
-                        shutil.rmtree(folder)
+                        _remove(folder)
 
     def _missed(self, error: Exception) -> None:
         if not self.away:
@@ -500,16 +499,44 @@ def _waits(folder: Path) -> str:
     return f"{lines} entries and {files} artifacts wait" if lines + files else ""
 
 
+def _folders(spool: Path, pattern: str = "*") -> list[Path]:
+    """Of runs, the oldest first; not those that are being made or removed, whose names begin with a dot."""
+    return sorted(path for path in spool.glob(pattern) if not path.name.startswith("."))
+
+
+def _make(folder: Path) -> IO[str]:
+    """Make a folder that is claimed from the moment at which others can see it."""
+    part = folder.with_name(f".{folder.name}")
+    part.mkdir(parents=True)
+    lock = _claim(part)
+    assert lock is not None
+    part.rename(folder)
+    return lock
+
+
 def _claim(folder: Path) -> IO[str] | None:
-    """Keep other processes off a folder until the file is closed or we end; None if one of them has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")  # noqa: SIM115
+    """Keep other processes off a folder until the file is closed or we end; None if one of them has it, or had it and
+    has removed it."""
+    try:
+        file = open(folder / "lock", "a")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    if not (folder / "lock").exists():
+        file.close()
+        return None
     return file
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that we have claimed; out of the sight of others first, who to claim it would write into it."""
+    part = folder.with_name(f".{folder.name}")
+    folder.rename(part)
+    shutil.rmtree(part)
 
 
 @contextmanager

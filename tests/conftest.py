@@ -4,12 +4,16 @@ import functools
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what runs in its background with SIGINT ignored, and all that this starts: Ctrl-C could not be tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

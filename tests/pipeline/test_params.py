@@ -143,6 +143,7 @@ def test_an_override_reaches_its_key_with_its_type():
         ("loss.name=sm", "loss.name='sm': expected one of dsm, ssm, ssm_vr"),
         ("data.channels=2", "data.channels=2: expected 1 or 3 or null"),
         ("runtime.workers=7", "runtime.workers=7: expected a divisor of train.batch_size=64"),
+        ("runtime.gpus_per_worker=2", "runtime.gpus_per_worker=2.0: expected a number > 0, below 1 where several"),
         ("train.save_every=30", "train.save_every=30: expected a multiple of train.log_every=20"),
         ("train.batchsize=3", "train.batchsize=3: unknown key, allowed are steps, batch_size, "),
         ("trian.steps=3", "trian.steps=3: unknown key, allowed are data, model, "),
@@ -222,3 +223,9 @@ def test_a_data_set_has_the_name_of_its_option_and_says_if_it_is_cropped(path):
     else:
         with pytest.raises(_params.ParamsError, match=f"data.crop=30: expected null with data={path.stem}"):
             _params.parse(compose(overrides))
+
+
+def test_only_trainings_of_one_worker_share_a_gpu():
+    assert _params.parse(compose(["runtime.gpus_per_worker=0.25"])).runtime.gpus_per_worker == 0.25
+    with pytest.raises(_params.ParamsError, match=r"gpus_per_worker=0.25: expected 1 with runtime.workers=\(1, 4\)"):
+        _params.parse(compose(["runtime.gpus_per_worker=0.25", "runtime.workers=[1,4]"]))

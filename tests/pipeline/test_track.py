@@ -221,6 +221,31 @@ def test_what_a_killed_process_left_is_sent_by_the_next_one(database, workdir):
     assert list(Path("runs/tracking").iterdir()) == []
 
 
+def test_a_folder_that_others_look_into_can_be_removed(database):
+    """Each process looks for what others have left behind, also while those make their folders and remove them."""
+    over, spool = threading.Event(), Path("runs/tracking").resolve()
+
+    def look():
+        while not over.is_set():
+            for folder in _track._folders(spool):
+                if lock := _track._claim(folder):
+                    lock.close()
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for k in range(300):
+            with _track._make(spool / f"{k}"):
+                (spool / f"{k}" / "run.json").touch()
+                _track._remove(spool / f"{k}")
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert list(spool.iterdir()) == []
+
+
 def test_the_machine_is_watched(database):
     with _track.run(database) as run:
         with run.system_metrics(interval=0.1):
