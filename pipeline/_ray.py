@@ -613,7 +613,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     if ray.get(mailbox.failed.remote()) is not None:
         return  # an error that another try would meet again: the driver raises it
-    cores = max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size())
+    cores = max(1, _cores_of_node() // context.get_local_world_size())
     alone = size == 1 and device.type == "cpu" and config["side_by_side"]
     threads = min(cores, MOST_THREADS) if alone else 1
     torch.set_num_threads(cores // threads)
@@ -621,7 +621,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if apart else None
     if rank == 0:
         mailbox.put.remote(BEGUN)
-        log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device))
+        log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device, cores))
 
     def tell(kind: str, *what: Any) -> None:
         mailbox.put.remote(kind, *what)
@@ -636,8 +636,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     ray.get(mailbox.failed.remote())  # comes after all that was told
 
 
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "on CPUs"
+def _describe(device: torch.device, cores: int) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"on CPUs, {cores} for each"
 
 
 def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -710,6 +710,14 @@ def _gpus() -> float:
 
 def _cores() -> int:
     return torch.get_num_threads()
+
+
+def _cores_of_node() -> int:
+    """Of the worker's node: no more than Ray counts there, which knows of a container's share, or of other nodes on the
+    same machine; threads of many small operations that wait for a core each burn the others'."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    return min(len(os.sched_getaffinity(0)), int(node["Resources"].get("CPU", 1)) or 1)
 
 
 def _local_folder(name: str = "ray") -> str:

@@ -132,7 +132,7 @@ def test_nodes_come_and_go(inside):
     with Cluster() as cluster:
         cluster.add()
         with Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage:
-            stage.told("2 workers, ")
+            stage.told("2 workers, on CPUs, 1 for each")  # as each node has, not as the machine has that both are on
             stage.trained(20)
             cluster.kill()
             stage.told("1 worker, ")
