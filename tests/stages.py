@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from pipeline import _checkpoints, _params, _ray, prepare, schedule, train
 from pipeline._store import store, write_text
@@ -140,13 +139,7 @@ def alone(inside, name, *overrides):
     job = train.Job(
         params, _ray.Shared(path=(prepare.OUT / "train.npy").resolve()), held_out, (1, 8, 8), schedule.load(), folder
     )
-    cores = len(os.sched_getaffinity(0))
-    threads = min(cores, _ray.MOST_THREADS)
-    torch.set_num_threads(cores // threads)
-    try:
-        train.fit(job, _ray.World(threads=threads))
-    finally:
-        torch.set_num_threads(1)
+    train.fit(job, _ray.World())
     return folder
 
 

@@ -7,16 +7,20 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
 import psutil
 import pytest
+import yaml
 
 from cluster.providers.kubernetes import KubernetesNodeProvider
 from cluster.providers.slurm import SlurmNodeProvider, said
+from tests.clones import ROOT
 from tests.cluster.netlab import wait_for
 
 HEAD = {"ray-node-type": "head", "ray-node-kind": "head", "ray-node-status": "uninitialized"}
@@ -219,6 +223,31 @@ def test_a_new_head_has_no_workers_of_an_old_one(cloud):
 
 
 # -- what is of one kind alone
+
+
+@pytest.mark.slurm
+def test_clusters_on_one_host_do_not_clash(jobs):
+    """Two heads, started as the yaml says; then one is gone."""
+    config = yaml.safe_load((ROOT / "cluster" / "slurm.yaml").read_text())
+    (start,) = config["head_start_ray_commands"]
+    start = start.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
+    health = "ray health-check --address=127.0.0.1:$CLUSTER_PORT"
+    jobs.node = {"sbatch": ["--ntasks=1", "--mem=1500", f"--nodelist={jobs.lab.nodes[0]}"]}
+    tools = Path(sys.executable).parent
+    jobs.config = {"prolog": f"export PATH={tools}:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"}
+    providers = [jobs.provider(name) for name in ("one", "two")]
+    heads = [_head(jobs, provider) for provider in providers]
+    for _, runner in heads:
+        runner.run(start)
+    for _, runner in heads:
+        assert runner.run("hostname", with_output=True).strip() == jobs.lab.nodes[0]
+        runner.run(health)
+    gone, _ = heads[0]
+    providers[0].terminate_node(gone)
+    wait_for(lambda: not providers[0].non_terminated_nodes({}), 60, "it does not end")
+    heads[1][1].run(health)
+    told = heads[1][1].run("ray status --address=127.0.0.1:$CLUSTER_PORT", with_output=True)
+    assert "1 node_" in told or "Active:" in told
 
 
 def test_tags_that_slurm_would_cut_are_an_error():
