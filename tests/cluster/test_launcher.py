@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -117,9 +119,9 @@ TRAINING = [
 ]
 
 
-def reached(clone):
+def reached(storage):
     """The last step of which there is a checkpoint."""
-    return max((int(path.name.removeprefix("step_")) for path in clone.glob("runs/train-*/step_*")), default=0)
+    return max((int(path.name.removeprefix("step_")) for path in storage.glob("train-*/step_*")), default=0)
 
 
 def nodes(slurm, kind):
@@ -140,10 +142,10 @@ def test_training_survives_the_loss_of_its_head_and_of_a_host(slurm, on_slurm, t
         return log.read_text()[-3000:]
 
     first = on_slurm.spawn(log, *submit)
-    wait_for(lambda: reached(on_slurm.clone) >= 4 or first.poll() is not None, 400, told)
+    wait_for(lambda: reached(on_slurm.clone / "runs") >= 4 or first.poll() is not None, 400, told)
     slurm.run("login", "scancel", nodes(slurm, "head")[0][0])
     assert first.wait(120) != 0
-    at = reached(on_slurm.clone)
+    at = reached(on_slurm.clone / "runs")
     assert 4 <= at < 2000
     second, so_far = on_slurm.spawn(log, *submit), len(log.read_text())
     wait_for(lambda: "2 workers, " in log.read_text()[so_far:] or second.poll() is not None, 400, told)
@@ -196,9 +198,29 @@ def test_a_script_runs_on_pods(on_pods, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.hosts
-def test_the_graph_runs_on_pods(on_pods):
-    shared = f"runtime.storage={on_pods.lab.home}/storage"  # which the hosts of a lab see as Pods see a volume
-    told = on_pods.ray("submit", "--start", "cluster/repro.py", "--", "experiment=tiny", shared, seconds=1200)
-    assert "brought back out/report.html" in told.stdout
+def test_the_graph_on_pods_goes_on_after_ctrl_c_and_the_loss_of_a_pod(on_pods, tmp_path):
+    """The same command goes on after Ctrl-C in mid-training, by itself after the loss of a worker's Pod."""
+    storage = on_pods.lab.home / "storage"  # which the hosts of a lab see as Pods see a volume
+    submit = ["submit", "--start", "cluster/repro.py", "--", *TRAINING, f"runtime.storage={storage}"]
+    log = tmp_path / "log"
+
+    def told():
+        return log.read_text()[-3000:]
+
+    first = on_pods.spawn(log, *submit)
+    wait_for(lambda: reached(storage) >= 20 or first.poll() is not None, 400, told)
+    for process in psutil.Process(first.pid).children(recursive=True):
+        if "submit" in process.cmdline():
+            process.send_signal(signal.SIGINT)
+    assert first.wait(120) != 0
+    assert "goes on from there" in log.read_text()
+    assert 20 <= reached(storage) < 2000
+    second, so_far = on_pods.spawn(log, *submit), len(log.read_text())
+    wait_for(lambda: "2 workers, " in log.read_text()[so_far:] or second.poll() is not None, 400, told)
+    worker = next(name for _, name in on_pods.lab.pods if "worker" in name)
+    on_pods.lab.fail("default", worker)
+    assert second.wait(500) == 0, told()
+    assert "going on from step" in log.read_text()[so_far:]
+    assert "brought back out/report.html" in log.read_text()[so_far:]
     assert (on_pods.clone / "out" / "report.html").is_file()
     assert (on_pods.clone / "dvc.lock").is_file()
