@@ -27,7 +27,7 @@ POLL, SIGN_OF_LIFE = 1.0, 30.0
 def main(overrides: list[str]) -> int:
     """The exit status of the first command that fails, or 0."""
     told: list[int] = []
-    signal.signal(signal.SIGINT, lambda *_: None)  # comes to the stages too, which save before they end
+    signal.signal(signal.SIGINT, lambda *_: None)  # comes to the stages too; we pass on how they end
     signal.signal(signal.SIGUSR1, lambda *_: told.append(save()))
     python = [sys.executable, "-m"]
     os.environ["RAY_ADDRESS"] = head()

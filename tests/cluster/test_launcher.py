@@ -213,7 +213,6 @@ def test_the_graph_on_pods_goes_on_after_ctrl_c_and_the_loss_of_a_pod(on_pods, t
         if "submit" in process.cmdline():
             process.send_signal(signal.SIGINT)
     assert first.wait(120) != 0
-    assert "goes on from there" in log.read_text()
     assert 20 <= reached(storage) < 2000
     second, so_far = on_pods.spawn(log, *submit), len(log.read_text())
     wait_for(lambda: "2 workers, " in log.read_text()[so_far:] or second.poll() is not None, 400, told)
