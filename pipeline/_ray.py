@@ -617,8 +617,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     alone = size == 1 and device.type == "cpu" and config["side_by_side"]
     threads = min(cores, MOST_THREADS) if alone else 1
     torch.set_num_threads(cores // threads)
-    apart = size > 1 and device.type == "cuda"
-    host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if apart else None
+    on_gpus = size > 1 and device.type == "cuda"
+    host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if on_gpus else None
     if rank == 0:
         mailbox.put.remote(BEGUN)
         log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device, cores))
@@ -630,7 +630,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     try:
         config["fn"](config["job"], World(rank, size, device, threads, tell, stop, host))
     except Exception as error:
-        if isinstance(error, StageError) or not isinstance(error, RuntimeError | OSError):
+        # Ray Train, when it has lost a neighbour, ends the process group while we may still be waiting for that one.
+        left = size > 1 and not torch.distributed.is_initialized()
+        if not left and (isinstance(error, StageError) or not isinstance(error, RuntimeError | OSError)):
             ray.get(mailbox.fail.remote(error))
         raise
     ray.get(mailbox.failed.remote())  # comes after all that was told
