@@ -246,8 +246,6 @@ def test_clusters_on_one_host_do_not_clash(jobs):
     providers[0].terminate_node(gone)
     wait_for(lambda: not providers[0].non_terminated_nodes({}), 60, "it does not end")
     heads[1][1].run(health)
-    told = heads[1][1].run("ray status --address=127.0.0.1:$CLUSTER_PORT", with_output=True)
-    assert "1 node_" in told or "Active:" in told
 
 
 def test_tags_that_slurm_would_cut_are_an_error():
