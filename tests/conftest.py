@@ -22,15 +22,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """What the markers `slow`, `root`, `gpu`, `docker`, `hosts` and `slurm` ask for."""
+    """What the markers ask for and a machine may lack: a GPU, root, the tools and the right to start hosts, which
+    `.ci/run` installs; and the patience for `slow`."""
     if item.get_closest_marker("slow") and os.environ.get("NCSN_SLOW") != "1":
         pytest.skip("takes minutes: NCSN_SLOW=1 runs it")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("root") and not _may_mount():
         pytest.skip("mounts file systems, which takes root on Linux")
-    if item.get_closest_marker("docker") and not shutil.which("docker"):
-        pytest.skip("asks the docker client, which is not installed")
     for marker, module, kind in (("hosts", "netlab", "NetLab"), ("slurm", "slurmlab", "SlurmLab")):
         if item.get_closest_marker(marker) and (missing := _no_lab(module, kind)):
             pytest.skip(f"starts hosts of this machine: {missing}")

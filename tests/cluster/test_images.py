@@ -7,9 +7,11 @@ import re
 import sys
 import tarfile
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import docker
 import jsonschema
 import pytest
 import yaml
@@ -34,85 +36,47 @@ def clone(tmp_path_factory):
     return folder
 
 
-def kept(clone):
-    """The files that .dockerignore leaves: the last pattern that matches a file, or a folder of it, decides."""
-    patterns = [line for line in (clone / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+@pytest.fixture(scope="module")
+def sent(clone):
+    """The files that Docker's client sends of a clone, to a daemon of ours, which only looks at them."""
+    names = []
 
-    def left_out(name):
-        out = False
-        parts = name.split("/")
-        folders = ["/".join(parts[: k + 1]) for k in range(len(parts))]
-        for pattern in patterns:
-            wanted = re.escape(pattern.lstrip("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
-            if any(re.fullmatch(wanted, folder) for folder in folders):
-                out = not pattern.startswith("!")
-        return out
+    class Daemon(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
 
-    files = [str(path.relative_to(clone)) for path in clone.rglob("*") if path.is_file()]
-    return {name for name in files if not left_out(name)}
+        def do_POST(self):
+            body = io.BytesIO(self.rfile.read(int(self.headers["Content-Length"])))
+            with tarfile.open(fileobj=body) as tar:
+                names.extend(tar.getnames())
+            self.send_response(200)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Daemon)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with closing(docker.APIClient(f"tcp://127.0.0.1:{server.server_port}", version="1.44")) as client:
+        list(client.build(path=str(clone), dockerfile="cluster/Dockerfile"))
+    server.shutdown()
+    server.server_close()
+    return {name for name in names if (clone / name).is_file()} - {".dockerignore"}  # which the daemon reads
 
 
-def test_the_image_has_the_code_and_nothing_else(clone):
-    files = kept(clone)
-    assert not files & set(JUNK)
-    assert {name.split("/")[0] for name in files} == {
+def test_the_image_has_the_code_and_nothing_else(clone, sent):
+    assert not sent & set(JUNK)
+    assert {name.split("/")[0] for name in sent} == {
         *(".dvc", ".dvcignore", "LICENSE", "README.md", "cluster", "conf", "dvc.yaml", "ncsn", "params.yaml"),
         *("pipeline", "pyproject.toml", "requirements.lock", "sweeps"),
     }
-    assert sum((clone / name).stat().st_size for name in files) < 2 * 2**20
+    assert sum((clone / name).stat().st_size for name in sent) < 2 * 2**20
     recipe = (clone / "cluster" / "Dockerfile").read_text().replace("\\\n", " ")
     copied = set()
     for line in re.findall(r"^COPY (?!--from)(.*)$", recipe, re.MULTILINE):
         copied |= {word for word in line.split()[:-1] if not word.startswith("--")}
     for name in copied:  # what is not in the context cannot be copied, what nothing copies need not be in it
-        assert any(each == name or each.startswith(f"{name}/") for each in files), name
-    assert all(any(each == name or each.startswith(f"{name}/") for name in copied) for each in files)
+        assert any(each == name or each.startswith(f"{name}/") for each in sent), name
+    assert all(any(each == name or each.startswith(f"{name}/") for name in copied) for each in sent)
     assert re.findall(r"^USER (\w+)$", recipe, re.MULTILINE) == ["ncsn"]
     assert "--constraint requirements.lock" in recipe
-
-
-@pytest.mark.docker
-def test_the_docker_client_sends_just_that(clone):
-    """To a daemon of ours, which only looks at what it is sent."""
-    sent = []
-
-    class Daemon(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            self.answer(200, b"OK" if "_ping" in self.path else b"{}")
-
-        do_HEAD = do_GET
-
-        def do_POST(self):
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            with tarfile.open(fileobj=io.BytesIO(body)) as tar:
-                sent.extend(tar.getnames())
-            self.answer(500, b'{"message": "seen"}')
-
-        def answer(self, code, body):
-            self.send_response(code)
-            for name, value in (("Api-Version", "1.50"), ("OSType", "linux"), ("Content-Length", str(len(body)))):
-                self.send_header(name, value)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else body)
-
-    server = HTTPServer(("127.0.0.1", 0), Daemon)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    where = {"DOCKER_HOST": f"tcp://127.0.0.1:{server.server_port}", "DOCKER_BUILDKIT": "0", "HOME": str(clone.parent)}
-    told = run("docker", "build", "-f", "cluster/Dockerfile", ".", cwd=clone, **where)
-    server.shutdown()
-    server.server_close()
-    assert "seen" in told.stdout
-    files = {name for name in sent if (clone / name).is_file()}
-    assert files - {"cluster/Dockerfile", ".dockerignore"} == kept(clone) - {"cluster/Dockerfile"}
 
 
 def test_what_ray_uploads_is_small():
