@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ncsn.sde import SDE
+
 Score = Callable[[Tensor, Tensor], Tensor]  # score(x, sigma): (B, ...), (B,) -> (B, ...)
 
 
@@ -30,6 +32,31 @@ def denoising_score_matching(score: Score, x: Tensor, sigma: Tensor, z: Tensor) 
     scale = _like_images(sigma, x)
     residual = scale * score(x + scale * z, sigma) + z
     return 0.5 * residual.square().flatten(1).sum(1)
+
+
+def continuous_score_matching(
+    score: Score, sde: SDE, x: Tensor, t: Tensor, z: Tensor, *, likelihood_weighting: bool = False
+) -> Tensor:
+    """Denoising score matching at the times t of an SDE (arXiv:2011.13456, equation 7).
+
+    With x_t = alpha x + sigma z and s_t the score of x_t, 0.5 ||sigma s_t(x_t) + z||^2, or with likelihood weighting
+    (arXiv:2101.09258) 0.5 g^2 ||s_t(x_t) + z / sigma||^2. As s_t = s(x_t / alpha, sigma / alpha) / alpha this is
+    `denoising_score_matching` at the level sigma / alpha; and at the levels of a discrete chain, `VE.levels` and
+    `VP.levels`, that function is the loss of SMLD and of DDPM.
+
+    Args:
+        score: The score network.
+        sde: The SDE.
+        x: Images as the SDE has them, shape (B, ...).
+        t: Times in (0, 1], shape (B,); at least about 1e-5.
+        z: Standard normal values, shape of x.
+        likelihood_weighting: lambda = g^2 in place of sigma^2.
+
+    Returns:
+        One loss an example, shape (B,).
+    """
+    loss = denoising_score_matching(score, x, sde.noise_level(t), z)
+    return sde.likelihood_weight(t) * loss if likelihood_weighting else loss
 
 
 def sliced_score_matching(

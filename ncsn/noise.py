@@ -71,6 +71,29 @@ def given_sigmas(values: Sequence[float] | Tensor) -> Tensor:
     return sigmas
 
 
+def edm_sigmas(sigma_1: float, sigma_L: float, L: int, rho: float = 7.0) -> Tensor:
+    """Equally spaced in sigma^(1 / rho), which makes the local errors of an ODE solver's steps alike.
+
+    sigma_i = (sigma_1^(1/rho) + (i - 1) / (L - 1) (sigma_L^(1/rho) - sigma_1^(1/rho)))^rho (arXiv:2206.00364, eq. 5).
+
+    Args:
+        sigma_1: Largest level, pixel units.
+        sigma_L: Smallest level, 0 < sigma_L < sigma_1.
+        L: Number of levels, at least 2.
+        rho: 1 is linear, infinity geometric.
+
+    Returns:
+        Levels, shape (L,), float64, strictly decreasing.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    _check_ladder(sigma_1, sigma_L, L)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"expected 0 < rho < inf, got {rho}")
+    return torch.linspace(sigma_1 ** (1 / rho), sigma_L ** (1 / rho), L, dtype=torch.float64) ** rho
+
+
 def refined(sigmas: Sequence[float] | Tensor, steps: int) -> Tensor:
     """The ladder with steps - 1 levels more between neighbours, in geometric progression: (L - 1) steps + 1 levels.
 
@@ -137,6 +160,35 @@ def snr_rule(r: float) -> StepRule:
         return 2 * (r * torch.where(norm > 0, noise / norm, sigma)) ** 2
 
     return rule
+
+
+def batch_snr_rule(r: float) -> StepRule:
+    """`snr_rule` as the official code of arXiv:2011.13456 has it: with the means over the batch of both norms.
+
+    An image depends on the others of its batch then: for comparisons with that code, not for the pipeline.
+
+    Raises:
+        ValueError: If r is not positive.
+    """
+    if not 0 < r < math.inf:
+        raise ValueError(f"expected 0 < r < inf, got {r}")
+
+    def rule(sigma: float, s: Tensor, z: Tensor) -> Tensor:
+        norm, noise = (value.flatten(1).norm(dim=1).mean() for value in (s, z))
+        return 2 * (r * noise / norm) ** 2
+
+    return rule
+
+
+def annealed_rule(r: float) -> StepRule:
+    """alpha = 2 (r sigma)^2, the annealed Langevin corrector of arXiv:2011.13456: `epsilon_rule` of 2 (r sigma_L)^2.
+
+    Raises:
+        ValueError: If r is not positive.
+    """
+    if not 0 < r < math.inf:
+        raise ValueError(f"expected 0 < r < inf, got {r}")
+    return lambda sigma, s, z: 2 * (r * sigma) ** 2
 
 
 def suggest_sigma_1(images: Tensor, to_space: Callable[[Tensor], Tensor] = torch.positive) -> float:

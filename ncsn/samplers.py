@@ -6,16 +6,23 @@ trajectory: `ncsn.random.seeded_noise` makes one, `interpolated` mixes two.
 each step, and once more after the last one with that step's sigma and number: so the final denoising step, or where
 there is none the result, is projected too. `inpainting` and `colourisation` make one.
 `observe(x, step, sigma)` is called after each step.
+
+x is an image plus noise throughout, and sigma the noise's level, as a score network sees them; so it is for every SDE,
+see `ncsn.sde`.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ncsn import ode
 from ncsn.losses import Score
 from ncsn.noise import StepRule, epsilon_rule, given_sigmas
+from ncsn.sde import SDE, VE, VP
 
 Noise = Callable[[Tensor, int], Tensor]
 Project = Callable[[Tensor, float, int], Tensor]
@@ -178,6 +185,248 @@ def consistent_annealed_langevin(
     if project is not None:
         x = project(x, sigma, len(levels) - 1)
     return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+
+
+@torch.no_grad()
+def predictor_corrector(
+    score: Score,
+    x: Tensor,
+    sde: SDE,
+    *,
+    steps: int,
+    predictor: str = "reverse_diffusion",
+    corrector: StepRule | None = None,
+    corrections: int = 1,
+    t_min: float = 1e-5,
+    denoise: bool = True,
+    noise: Noise = torch_noise,
+    project: Project | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Draw samples by a predictor of the reverse SDE and Langevin steps between (arXiv:2011.13456, Algorithms 2 to 5).
+
+    At each of N times from 1 to t_min: `corrections` steps x_t <- x_t + a s + sqrt(2 a) z by the corrector's rule, and
+    a step of the predictor, x_t <- m + G z with the mean m, s being the score of x_t:
+
+        euler_maruyama     m = x_t - (f x_t - g^2 s) / N             G^2 = g^2 / N
+        reverse_diffusion  m = (2 - c) x_t + G^2 s                   c, G of `SDE.discretised`
+        ancestral, VE      m = x_t + (v_k - v_{k-1}) s, v = sigma^2  G^2 = v_{k-1} (v_k - v_{k-1}) / v_k
+        ancestral, VP      m = (x_t + beta_k s) / sqrt(1 - beta_k)   G^2 = beta_k
+
+    That is the order of the official code; in the paper the predictor comes first. So are 1 / N and the times, which
+    are (1 - t_min) / (N - 1) apart. It reports two evaluations a step, with or without a corrector.
+
+    Args:
+        score: s(x, sigma).
+        x: Start, shape (B, ...): sde.noise_level(1) times standard normal values.
+        sde: Of which the network was trained.
+        steps: N.
+        predictor: One of PREDICTORS.
+        corrector: Gives a, which under VP is multiplied by 1 - beta_k: `noise.snr_rule` for Langevin's,
+            `noise.annealed_rule` for the annealed Langevin corrector. None: no corrector.
+        corrections: Steps of the corrector at each time.
+        t_min: Where the reverse SDE ends.
+        denoise: Without the noise of the last step.
+        noise: Standard normal values, see the module; the numbers go on over correctors and predictors.
+        project: Puts in what is known, see the module.
+        observe: Watches, after each step of a predictor, with its number and noise level; must not change x.
+
+    Returns:
+        Samples, shape and dtype of x. They are not clamped.
+
+    Raises:
+        ValueError: If there is no such predictor under the SDE, no corrector's factor (sub-VP), or too few steps.
+    """
+    if corrector is not None and corrections < 1:
+        raise ValueError(f"expected corrections >= 1 with a corrector, got {corrections}")
+    t = torch.linspace(1, t_min, steps, dtype=torch.float64)
+    table = predictor_steps(sde, predictor, t).tolist()
+    corrections = 0 if corrector is None else corrections
+    factors = _corrector_factors(sde, t).tolist() if corrections else []
+    number = 0
+    for i, (sigma, keep, pull, gain) in enumerate(table):
+        for _ in range(corrections):
+            assert corrector is not None
+            if project is not None:
+                x = project(x, sigma, number)
+            s, z = score(x, _level(x, sigma)).to(x.dtype), noise(x, number)
+            step = factors[i] * corrector(sigma, s, z)
+            x = x + step * s + (2 * step) ** 0.5 * z
+            number += 1
+        if project is not None:
+            x = project(x, sigma, number)
+        x = keep * x + pull * score(x, _level(x, sigma)).to(x.dtype)
+        if i + 1 < len(table) or not denoise:
+            x = x + gain * noise(x, number)
+        number += 1
+        if observe is not None:
+            observe(x, i, sigma)
+    return x
+
+
+PREDICTORS = ("euler_maruyama", "reverse_diffusion", "ancestral")
+
+
+def predictor_steps(sde: SDE, predictor: str, t: Tensor) -> Tensor:
+    """What the predictor does at each time.
+
+    Args:
+        sde: Of the network.
+        predictor: One of PREDICTORS.
+        t: Times, decreasing, shape (N,), float64.
+
+    Returns:
+        sigma, keep, pull, gain of x <- keep x + pull s(x, sigma) + gain z, shape (N, 4), float64; x is x_t / alpha(t)
+        at the step's time before it, at the next time after it, at time 0 after the last.
+
+    Raises:
+        ValueError: As of `predictor_corrector`.
+    """
+    n = len(t)
+    alpha, _ = sde.scales(t)
+    following = torch.cat((alpha[1:], alpha.new_ones(1)))
+    if predictor == "euler_maruyama":
+        f, g = sde.rates(t)
+        keep, pull, gain = 1 - f / n, g**2 / n, g / math.sqrt(n)
+    elif predictor == "reverse_diffusion":
+        c, gain = sde.discretised(t, n)
+        keep, pull = 2 - c, gain**2
+    elif predictor == "ancestral" and isinstance(sde, VE):
+        levels = sde.levels(n).flip(0).square()
+        k = (t * (n - 1)).long()
+        variance, below = levels[k], torch.cat((levels.new_zeros(1), levels[:-1]))[k]
+        keep, pull, gain = torch.ones_like(t), variance - below, (below * (variance - below) / variance).sqrt()
+    elif predictor == "ancestral" and isinstance(sde, VP):
+        c, gain = sde.discretised(t, n)
+        keep, pull = 1 / c, gain**2 / c
+    elif predictor == "ancestral":
+        raise ValueError(
+            f"expected VE or VP for ancestral sampling, got {sde}: use reverse_diffusion or euler_maruyama"
+        )
+    else:
+        raise ValueError(f"expected a predictor of {', '.join(PREDICTORS)}, got {predictor!r}")
+    moved = alpha / following
+    return torch.stack((sde.noise_level(t), keep * moved, pull / (alpha * following), gain / following), 1)
+
+
+def _corrector_factors(sde: SDE, t: Tensor) -> Tensor:
+    """By which a corrector's steps are multiplied at each time: 1 under VE, 1 - beta_k under VP."""
+    if isinstance(sde, VE):
+        return torch.ones_like(t)
+    if isinstance(sde, VP):
+        return sde.discretised(t, len(t))[0].square()
+    raise ValueError(f"expected VE or VP for a corrector, whose steps need alpha_k, got {sde}: draw without one")
+
+
+SOLVERS = ("euler", "heun", "dpmpp")
+
+
+@torch.no_grad()
+def probability_flow(
+    score: Score,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    solver: str = "heun",
+    denoise: bool = True,
+    project: Project | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Draw samples by the probability flow ODE, dx / dsigma = -sigma s(x, sigma), in steps from level to level.
+
+    It is the ODE of VE, VP and sub-VP alike, since x is x_t / alpha (arXiv:2011.13456, equation 13; arXiv:2206.00364,
+    equation 4); with D = x + sigma^2 s the image that x is expected to be, and sigma' the next level:
+
+        euler   x <- x + (sigma - sigma') sigma s                 one evaluation a level, order 1 (DDIM)
+        heun    the mean of the slopes at sigma and sigma'        two, order 2 (arXiv:2206.00364, Algorithm 1)
+        dpmpp   x <- q x + (1 - q) (D + h / (2 h_0) (D - D_0)),   one, order 2 (DPM-Solver++(2M), arXiv:2211.01095,
+                q = sigma' / sigma, h = -log q; D_0, h_0 those    Algorithm 2), exact in the linear part
+                of the step before, none at the first
+
+    At the end, with `denoise`: x <- D at sigma_L, an Euler step to sigma = 0.
+
+    Args:
+        score: s(x, sigma).
+        x: Start at noise level sigma_1, shape (B, ...).
+        sigmas: Noise levels, shape (L,), strictly decreasing: `noise.edm_sigmas`, or those of training.
+        solver: One of SOLVERS.
+        denoise: Take the final denoising step.
+        project: Puts in what is known, see the module.
+        observe: Watches, is told the level that x has come to; must not change x.
+
+    Returns:
+        Samples, shape and dtype of x: a function of the start alone. They are not clamped to [0, 1].
+
+    Raises:
+        ValueError: If the levels do not strictly decrease or there is no such solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"expected a solver of {', '.join(SOLVERS)}, got {solver!r}")
+    levels = given_sigmas(sigmas).tolist()
+    previous: tuple[Tensor, float] | None = None
+    for step, (sigma, following) in enumerate(pairwise(levels)):
+        if project is not None:
+            x = project(x, sigma, step)
+        s = score(x, _level(x, sigma)).to(x.dtype)
+        if solver == "dpmpp":
+            mean, h = x + sigma**2 * s, math.log(sigma / following)
+            ahead = mean if previous is None else mean + h / (2 * previous[1]) * (mean - previous[0])
+            x = following / sigma * x + (1 - following / sigma) * ahead
+            previous = mean, h
+        else:
+            there = x + (sigma - following) * sigma * s
+            if solver == "heun":
+                slope = score(there, _level(x, following)).to(x.dtype)
+                x = x + (sigma - following) / 2 * (sigma * s + following * slope)
+            else:
+                x = there
+        if observe is not None:
+            observe(x, step, following)
+    sigma = levels[-1]
+    if project is not None:
+        x = project(x, sigma, len(levels) - 1)
+    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+
+
+@torch.no_grad()
+def adaptive_probability_flow(
+    score: Score,
+    x: Tensor,
+    sigma_1: float,
+    sigma_L: float,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    denoise: bool = True,
+) -> tuple[Tensor, int]:
+    """Draw samples by the probability flow ODE with steps as long as an error allows: `ode.rk45` of `ode.flow_slope`.
+
+    Each image has steps of its own, so it does not depend on the others of its batch (with the official code's solver,
+    one for all pixels of a batch, it does).
+
+    Args:
+        score: s(x, sigma).
+        x: Start at noise level sigma_1, shape (B, ...).
+        sigma_1: Where to start.
+        sigma_L: Where to end, 0 < sigma_L < sigma_1.
+        rtol: Of `ode.rk45`.
+        atol: Of `ode.rk45`.
+        denoise: Take the final denoising step, x <- x + sigma_L^2 s(x, sigma_L).
+
+    Returns:
+        Samples, shape and dtype of x, not clamped; and the number of evaluations of the score.
+
+    Raises:
+        ValueError: If not 0 < sigma_L < sigma_1 or a tolerance is not positive.
+    """
+    given_sigmas([sigma_1, sigma_L])
+    start, end = ode.flow_time(sigma_1), ode.flow_time(sigma_L)
+    slope = partial(ode.flow_slope, score)
+    y, evaluations = ode.rk45(slope, x / math.cosh(start), start, end, rtol=rtol, atol=atol)
+    x = math.cosh(end) * y
+    if not denoise:
+        return x, evaluations
+    return x + sigma_L**2 * score(x, _level(x, sigma_L)).to(x.dtype), evaluations + 1
 
 
 def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:
