@@ -48,15 +48,15 @@ def continuous_score_matching(
         score: The score network.
         sde: The SDE.
         x: Images as the SDE has them, shape (B, ...).
-        t: Times in (0, 1], shape (B,); at least about 1e-5.
+        t: Times in (0, 1], shape (B,); at least about 1e-5; in float64, where 1 - exp(-B) keeps its digits near 0.
         z: Standard normal values, shape of x.
         likelihood_weighting: lambda = g^2 in place of sigma^2.
 
     Returns:
         One loss an example, shape (B,).
     """
-    loss = denoising_score_matching(score, x, sde.noise_level(t), z)
-    return sde.likelihood_weight(t) * loss if likelihood_weighting else loss
+    loss = denoising_score_matching(score, x, sde.noise_level(t).to(x.dtype), z)
+    return sde.likelihood_weight(t).to(x.dtype) * loss if likelihood_weighting else loss
 
 
 def sliced_score_matching(

@@ -1,9 +1,11 @@
-"""Reads the checkpoints that the code of both papers wrote (ermongroup/ncsn and ermongroup/ncsnv2).
+"""Reads the checkpoints that the papers' code wrote: ermongroup/ncsn, ermongroup/ncsnv2, yang-song/score_sde_pytorch.
 
-Both write a list with torch.save: [network, optimizer] in 2019, [network, optimizer, epoch, step] and with EMA a fifth
-entry in 2020. Nothing in a file is ever run: what `torch.load(weights_only=True)` refuses is refused.
+All are written with torch.save: a list [network, optimizer] in 2019, [network, optimizer, epoch, step] and with EMA a
+fifth entry in 2020, a dictionary with the average as a list in 2021. Nothing in a file is ever run: what
+`torch.load(weights_only=True)` refuses is refused.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -59,16 +61,7 @@ def load(
         OSError: If the file cannot be read.
         ValueError: If it is not such a checkpoint, would need code to be run, or its tensors do not fit.
     """
-    try:
-        states = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a spoilt file ends in any of a dozen kinds, of the zip reader, the unpickler or struct
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
-            f"expected a checkpoint of tensors and numbers, got {path}, which is none or needs code to be run to read "
-            f"it; nothing of it was run ({reason})"
-        ) from error
+    states = _read(path)
     if not (
         isinstance(states, list)
         and len(states) in (2, 4, 5)
@@ -95,6 +88,59 @@ def load(
         sigmas=None if sigmas is None else torch.as_tensor(sigmas),
         optimizer=dict(optimizer),
     )
+
+
+def load_diffusion(path: str | PathLike[str], network: ScoreNetwork) -> OfficialCheckpoint:
+    """Reads `checkpoint_{k}.pth` of yang-song/score_sde_pytorch, without running code from it.
+
+    Its tensors are numbered, and their average is a list: both are taken up by position, with every shape checked.
+
+    Args:
+        path: The file.
+        network: NCSNpp, DDPMpp or DDPM, built as the file's configuration says; on the CPU, stays as it is.
+
+    Returns:
+        Two copies of the network, with the weights of the last step and with their average, in evaluation mode; the
+        noise levels of a network that was trained at them are the buffer `sigmas`, decreasing.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not such a checkpoint, would need code to be run, or its tensors do not fit.
+    """
+    states = _read(path)
+    if not (isinstance(states, Mapping) and {"model", "ema", "optimizer", "step"} <= set(states)):
+        raise ValueError(
+            f"expected a dictionary with model, ema, optimizer and step as score_sde_pytorch saves it, got {path} with "
+            f"{_described(states)}"
+        )
+    weights = _stripped(states["model"])
+    sigmas = weights.pop("sigmas", None)
+    average = states["ema"].get("shadow_params")
+    if not (isinstance(average, list) and all(isinstance(value, Tensor) for value in average)):
+        raise ValueError(f"expected ema.shadow_params, a list of tensors, in {path}, got {_described(average)}")
+    raw, ema = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    _take_up(raw, dict(raw.state_dict()), list(weights.values()), "weights")
+    ema.load_state_dict(raw.state_dict())  # what is not trained, and so not averaged
+    _take_up(ema, {key: value for key, value in ema.state_dict().items() if key in trained}, average, "averages")
+    return OfficialCheckpoint(raw, ema, int(states["step"]), sigmas, dict(states["optimizer"]))
+
+
+def _take_up(network: ScoreNetwork, targets: Mapping[str, Tensor], values: Sequence[Tensor], what: str) -> None:
+    """Copies values into targets, in their order; a matrix of a `NIN` layer is the transpose of a 1x1 convolution's."""
+    if len(values) != len(targets):
+        raise ValueError(
+            f"expected the {len(targets)} {what} of {_name(network)} as it was built, got {len(values)}: its blocks, "
+            "multipliers, attention or levels are others"
+        )
+    for (name, target), value in zip(targets.items(), values, strict=True):
+        fitting = value.T[..., None, None] if value.ndim == 2 and target.ndim == 4 else value
+        if fitting.shape != target.shape:
+            raise ValueError(
+                f"expected {what} of the shape {tuple(target.shape)} for {name} of {_name(network)} as it was built, "
+                f"got {tuple(value.shape)}"
+            )
+        target.copy_(fitting)
 
 
 def network_from_state_dict(
@@ -162,6 +208,19 @@ def _built(
         arguments |= {"sigmas": torch.as_tensor(sigmas).cpu(), "norm": norm}
     with torch.device("meta"):
         return network(**arguments)
+
+
+def _read(path: str | PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a spoilt file ends in any of a dozen kinds, of the zip reader, the unpickler or struct
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"expected a checkpoint of tensors and numbers, got {path}, which is none or needs code to be run to read "
+            f"it; nothing of it was run ({reason})"
+        ) from error
 
 
 def _stripped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from ncsn.networks.base import ScoreNetwork
 from ncsn.networks.mlp import MLP
 from ncsn.networks.ncsn import NCSN, NCSNDeeper
+from ncsn.networks.ncsnpp import DDPM, DDPMpp, NCSNpp
 from ncsn.networks.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from ncsn.networks.refinenet import RefineNet
 from ncsn.networks.resscore import ResScore
@@ -20,10 +21,13 @@ NETWORKS: dict[str, type[ScoreNetwork]] = {
 }
 
 __all__ = [
+    "DDPM",
     "MLP",
     "NCSN",
     "NETWORKS",
+    "DDPMpp",
     "NCSNDeeper",
+    "NCSNpp",
     "NCSNv2",
     "NCSNv2Deeper",
     "NCSNv2Deepest",

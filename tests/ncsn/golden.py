@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ncsn.networks import MLP, NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from ncsn.networks import MLP, NCSN, DDPMpp, NCSNpp, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 
 FOLDER = Path(__file__).parent.parent / "golden"
 NETWORKS = {
@@ -40,3 +40,21 @@ def toy():
 def recorded(draws):
     """The noise of a sampler, as it was recorded."""
     return lambda x, step: draws[step]
+
+
+def diffusion(name):
+    """The golden data of one of the small networks of the SDE family, and the network as it is built for them."""
+    golden = torch.load(FOLDER / "sde_ncsnpp_tiny.pt", weights_only=True)[name]
+    config = golden["model_config"]
+    arguments = {
+        "channels": 3,
+        "width": config["nf"],
+        "multipliers": config["ch_mult"],
+        "blocks": config["num_res_blocks"],
+        "attention": (1,),  # at 8 of 16
+        "dropout": config["dropout"],
+        "rescale": not golden["centered"],
+    }
+    if name == "vp_cont_ddpmpp":
+        return golden, DDPMpp(**arguments)
+    return golden, NCSNpp(**arguments, sigmas=None if golden["continuous"] else golden["state_dict"]["sigmas"])
