@@ -167,13 +167,17 @@ class Select:
 class Sample:
     """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured.
 
-    `snr` holds each step's signal-to-noise ratio; null leaves the step sizes to noise.epsilon.
+    `steps` are the levels of an ODE solver (null: those of `noise`) or the steps of predictor_corrector. `snr` holds
+    the signal-to-noise ratio of each step of annealed_langevin, in place of noise.epsilon, or of a corrector; null:
+    there is none.
     """
 
     n: int = _whole(1)
     ranges: int = _whole(1)
     shard_size: int = _whole(1)
-    method: str = _one_of("annealed_langevin", "consistent")
+    method: str = _one_of("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "predictor_corrector")
+    steps: int | None = _whole(2)
+    predictor: str = _one_of("euler_maruyama", "reverse_diffusion", "ancestral")
     snr: float | None = _positive()
     denoise: bool = _rule("true or false")
     precision: str = _one_of("fp32", "tf32", "bf16")
@@ -344,11 +348,7 @@ def parse(tree: Any) -> Params:
         raise ParamsError(
             f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
         )
-    if params.sample.snr is not None and params.sample.method != "annealed_langevin":
-        raise ParamsError(
-            f"sample.snr={params.sample.snr}: expected null with sample.method={params.sample.method}, whose steps "
-            "follow from noise.epsilon"
-        )
+    _check_sample(params.sample)
     if params.noise.epsilon is not None and params.noise.epsilon >= (limit := 2 * params.noise.sigma_L**2):
         raise ParamsError(
             f"noise.epsilon={params.noise.epsilon}: expected less than 2 noise.sigma_L^2 = {limit:.4g}, from which on "
@@ -359,6 +359,22 @@ def parse(tree: Any) -> Params:
         if len(set(values)) < max(1, len(values)):
             raise ParamsError(f"ablation.{key}={list(values)}: expected at least one value, and each once")
     return params
+
+
+def _check_sample(sample: Sample) -> None:
+    """Raise ParamsError for settings that the method does not have."""
+    if sample.snr is not None and sample.method not in ("annealed_langevin", "predictor_corrector"):
+        raise ParamsError(
+            f"sample.snr={sample.snr}: expected null with sample.method={sample.method}, which has no Langevin steps "
+            "of a size to choose"
+        )
+    if sample.steps is not None and sample.method in ("annealed_langevin", "consistent"):
+        raise ParamsError(
+            f"sample.steps={sample.steps}: expected null with sample.method={sample.method}, whose steps follow from "
+            "noise.L and noise.steps_per_level"
+        )
+    if sample.steps is None and sample.method == "predictor_corrector":
+        raise ParamsError("sample.steps=None: expected a whole number >= 2 with sample.method=predictor_corrector")
 
 
 def _check_tune(tune: Tune, noise: Noise) -> None:

@@ -1,5 +1,6 @@
 """What determines an image, and the network that draws it."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor
 from ncsn import images, random, samplers
 from ncsn.inference import Evaluator, activation_bytes, micro_batch
 from ncsn.networks.ncsn import TOLERANCE
-from ncsn.noise import refined, snr_rule
+from ncsn.noise import edm_sigmas, refined, snr_rule
+from ncsn.sde import VE
 from pipeline import _params, prepare, schedule, train
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint
@@ -23,8 +25,9 @@ from pipeline._store import code_digest, fingerprint
 LEVELS = ("spacing", "sigma_1", "sigma_L", "L", "steps_per_level", "epsilon")  # of a schedule, in manifests
 CODE = (
     *("ncsn/networks", "ncsn/samplers.py", "ncsn/random.py", "ncsn/noise.py", "ncsn/images.py", "ncsn/inference.py"),
-    "pipeline/_sampler.py",
+    *("ncsn/sde.py", "pipeline/_sampler.py"),
 )
+T_MIN = 1e-5  # where the reverse SDE ends
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Sampler:
         weights: "ema" or "initial".
         weights_sha256: Of their file.
         step: Of the checkpoint.
-        method: "annealed_langevin" or "consistent".
-        schedule: As in schedule.json: sigmas, epsilon, steps_per_level, and what they come from.
+        method: Of the section `sample`.
+        schedule: As in schedule.json: sigmas, epsilon, steps_per_level, and what they come from; or as `route` has it.
         denoise: Whether the final denoising step is taken.
         precision: "fp32", "tf32" or "bf16", of the network's products.
         seed: Of all noise.
-        snr: Of each step of annealed Langevin dynamics, in place of the schedule's epsilon; see `ncsn.noise.snr_rule`.
+        snr: Of each step of annealed Langevin dynamics, in place of the schedule's epsilon, or of a corrector; see
+            `ncsn.noise.snr_rule`.
+        predictor: Of predictor_corrector.
     """
 
     network: dict[str, Any]
@@ -58,6 +63,7 @@ class Sampler:
     precision: str
     seed: int
     snr: float | None = None
+    predictor: str | None = None
 
     @property
     def nfe(self) -> int:
@@ -65,11 +71,24 @@ class Sampler:
         return evaluations(self.method, self.schedule, self.denoise)
 
     @property
+    def steps_per_level(self) -> int:
+        """Steps that are observed, of each level."""
+        return int(self.schedule["steps_per_level"]) if self.method in ("annealed_langevin", "consistent") else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps that are observed: all of Langevin dynamics, else one to each level that x comes to."""
+        levels = self.schedule["L"] - (self.method not in ("annealed_langevin", "predictor_corrector"))
+        return int(levels * self.steps_per_level)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What manifests and passports say of it."""
         levels = {key: self.schedule[key] for key in LEVELS}
         if self.snr is not None:
             levels = levels | {"epsilon": None, "snr": self.snr}
+        if self.predictor is not None:
+            levels = levels | {"predictor": self.predictor}
         return {"name": self.method, **levels, "denoise": self.denoise, "precision": self.precision}
 
     @property
@@ -84,6 +103,7 @@ class Sampler:
             "sample": {
                 "method": self.method,
                 "snr": self.snr,
+                "predictor": self.predictor,
                 "denoise": self.denoise,
                 "precision": self.precision,
                 "seed": self.seed,
@@ -94,8 +114,45 @@ class Sampler:
 
 
 def evaluations(method: str, levels: Mapping[str, Any], denoise: bool) -> int:
-    """Of the network, for an image: one a step, and one to denoise; consistent steps lead from level to level."""
-    return int((levels["L"] - (method == "consistent")) * levels["steps_per_level"] + denoise)
+    """Of the network, for an image: one a step, and one to denoise; some steps lead from level to level, those of Heun
+    with two, and without its noise the last step of a predictor is one that denoises."""
+    L, T = levels["L"], levels["steps_per_level"]
+    if method in samplers.SOLVERS:
+        return int((L - 1) * (2 if method == "heun" else 1) + denoise)
+    return int((L - (method == "consistent")) * T + (denoise and method != "predictor_corrector"))
+
+
+def by_langevin(sample: _params.Sample) -> _params.Sample:
+    """The section; with annealed Langevin dynamics where its method has no epsilon, which settings could vary."""
+    if sample.method in ("annealed_langevin", "consistent"):
+        return sample
+    return dataclasses.replace(sample, method="annealed_langevin", steps=None, snr=None)
+
+
+def route(
+    levels: Mapping[str, Any], method: str, steps: int | None = None, *, corrector: bool = False
+) -> dict[str, Any]:
+    """The schedule that a method goes through: `levels`, or between their ends as many levels as `steps` says.
+
+    Of solvers, in the spacing of arXiv:2206.00364, equation 5; of predictor_corrector, those of the SDE VE, with two
+    evaluations at each where there is a corrector. They have no epsilon.
+    """
+    if steps is None:
+        solved = method in samplers.SOLVERS
+        return {**levels, "steps_per_level": 1, "epsilon": None} if solved else dict(levels)
+    sigma_1, sigma_L = levels["sigma_1"], levels["sigma_L"]
+    if method == "predictor_corrector":
+        times = torch.linspace(1, T_MIN, steps, dtype=torch.float64)
+        spacing, sigmas = "geometric", VE(sigma_L, sigma_1).noise_level(times)
+    else:
+        spacing, sigmas = "edm", edm_sigmas(sigma_1, sigma_L, steps)
+    own = {"spacing": spacing, "L": steps, "sigmas": sigmas.tolist(), "steps_per_level": 1 + corrector, "epsilon": None}
+    return {**levels, **own}
+
+
+def of_section(sample: _params.Sample, levels: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule that the method of the section goes through."""
+    return route(levels, sample.method, sample.steps, corrector=sample.snr is not None)
 
 
 def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256: str, step: int, seed: int) -> Sampler:
@@ -104,14 +161,16 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
     Raises:
         StageError: If the network cannot draw such images, or not at these levels.
     """
-    levels, shape = schedule.load(), prepare.manifest()["shape"]
+    levels, shape = of_section(params.sample, schedule.load()), prepare.manifest()["shape"]
     train.check(model["network"], shape)
     own = model["network"].get("sigmas", levels["sigmas"])
     if not same_levels(own, levels["sigmas"]):
+        steps, given = params.sample.steps, params.sample.steps is not None
+        where, fix = (f"sample.steps={steps}", "set sample.steps=null") if given else ("out/schedule", "set noise.* so")
         raise StageError(
-            f"out/schedule has {levels['L']} levels from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}, but the "
+            f"{where} has {levels['L']} levels from {levels['sigma_1']:.6g} to {levels['sigma_L']:.6g}, but the "
             f"{model['network']['name']} in out/train knows none but its own {len(own)} from {own[0]:.6g} to "
-            f"{own[-1]:.6g}: set noise.* to these, or train it anew"
+            f"{own[-1]:.6g}: {fix}, or train it anew"
         )
     if params.sample.method == "consistent" and "sigmas" in model["network"] and levels["steps_per_level"] > 1:
         raise StageError(
@@ -131,6 +190,7 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
         precision=params.sample.precision,
         seed=seed,
         snr=params.sample.snr,
+        predictor=params.sample.predictor if params.sample.method == "predictor_corrector" else None,
     )
 
 
@@ -203,22 +263,25 @@ class Drawer:
 
     def draw(self, index: Tensor) -> Tensor:
         """Images with these numbers, uint8, shape (B, C, H, W), on the CPU; as many at once as memory allows."""
-        return self.model(lambda part: images.to_uint8(self.langevin(part)).cpu(), index, self.sampler.shape)
+        return self.model(lambda part: images.to_uint8(self.pixels(part)).cpu(), index, self.sampler.shape)
 
-    def start(self, index: Tensor) -> Tensor:
+    def start(self, index: Tensor, noise: samplers.Noise) -> Tensor:
         """Where the chains of these images start, in the network's space: uniform, as in the papers; at the noise level
         sigma_1 where a sampler needs it.
 
-        Consistent sampling does, and so do steps of a fixed signal-to-noise ratio: nearer to the data than the level
-        says scores are short, so the first step is too long by far, and from far away the following ones are short.
+        All need it but annealed Langevin dynamics; and so do its steps of a fixed signal-to-noise ratio: nearer to the
+        data than the level says scores are short, so the first step is too long by far, and from far away the following
+        ones are short. A solver of the flow has no other noise than this, so it comes from `noise`.
         """
         s = self.sampler
         x = self.to_space(random.start_images(s.seed, index, s.shape))
-        if s.method == "consistent" or s.snr:
+        if s.method in samplers.SOLVERS:
+            return x + float(self.sigmas[0]) * noise(x, 0)
+        if s.method != "annealed_langevin" or s.snr:
             x += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
         return x
 
-    def langevin(
+    def pixels(
         self,
         index: Tensor,
         *,
@@ -241,29 +304,43 @@ class Drawer:
         """
         s = self.sampler
         index = index.to(self.device)
-        start = self.start(index)
+        noise = noise or random.seeded_noise(s.seed, index)
+        score, start, epsilon = self.model.score, self.start(index, noise), s.schedule["epsilon"]
         settings: dict[str, Any] = {
-            **({"step_rule": snr_rule(s.snr)} if s.snr else {"epsilon": s.schedule["epsilon"]}),
             "denoise": s.denoise,
-            "noise": noise or random.seeded_noise(s.seed, index),
             "project": project,
             "observe": observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         }
-        if s.method == "consistent":
-            sigmas = refined(self.sigmas, s.schedule["steps_per_level"])
+        if s.method in samplers.SOLVERS:
+            x = samplers.probability_flow(score, start, self.sigmas, solver=s.method, **settings)
+        elif s.method == "predictor_corrector":
+            sde = VE(s.schedule["sigma_L"], s.schedule["sigma_1"])
+            settings |= {"predictor": s.predictor, "corrector": snr_rule(s.snr) if s.snr else None, "t_min": T_MIN}
+            steps = s.schedule["L"]
+            x = samplers.predictor_corrector(score, start, sde, steps=steps, noise=noise, **settings)
+        elif s.method == "consistent":
+            sigmas, settings["epsilon"] = refined(self.sigmas, s.schedule["steps_per_level"]), epsilon
             try:
-                x = samplers.consistent_annealed_langevin(self.model.score, start, sigmas, **settings)
+                x = samplers.consistent_annealed_langevin(score, start, sigmas, noise=noise, **settings)
             except ValueError as error:
                 raise StageError(f"sample.method=consistent: {error}: set noise.epsilon, or noise.L") from error
         else:
+            settings |= {"step_rule": snr_rule(s.snr)} if s.snr else {"epsilon": epsilon}
             T = s.schedule["steps_per_level"]
-            x = samplers.annealed_langevin(self.model.score, start, self.sigmas, steps_per_level=T, **settings)
+            x = samplers.annealed_langevin(score, start, self.sigmas, steps_per_level=T, noise=noise, **settings)
         if not x.isfinite().all():
-            what = (
-                f"sample.snr={s.snr:.4g}"
-                if s.snr
-                else f"noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from 2 sigma_L^2 = "
-                f"{2 * float(self.sigmas[-1]) ** 2:.4g} on, or sooner)"
-            )
-            raise StageError(f"images are not finite with {what}: lower it, then dvc repro")
+            raise StageError(f"images are not finite with {self._suspect()}, then dvc repro")
         return self.to_pixels(x)
+
+    def _suspect(self) -> str:
+        """What to change where images are not finite."""
+        s = self.sampler
+        if s.snr:
+            return f"sample.snr={s.snr:.4g}: lower it"
+        if s.schedule["epsilon"] is None:
+            return f"sample.method={s.method} in {s.schedule['L']} levels: take more sample.steps"
+        limit = 2 * float(self.sigmas[-1]) ** 2
+        return (
+            f"noise.epsilon={s.schedule['epsilon']:.4g} (Langevin steps diverge from 2 sigma_L^2 = {limit:.4g} on, or "
+            "sooner): lower it"
+        )

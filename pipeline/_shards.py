@@ -211,13 +211,13 @@ def animate(drawer: Drawer, n: int) -> list[Tensor]:
     """
     frames: list[Tensor] = []
     s = drawer.sampler
-    last, every = s.nfe - s.denoise - 1, -(-s.schedule["L"] // MOST_LEVELS) * s.schedule["steps_per_level"]
+    last, every = s.steps - 1, -(-s.schedule["L"] // MOST_LEVELS) * s.steps_per_level
 
     def observe(x: Tensor, step: int, sigma: float) -> None:
         if (last - step) % every == 0:
             frames.append(images.to_uint8(x))
 
-    final = images.to_uint8(drawer.langevin(torch.arange(n), observe=observe))
+    final = images.to_uint8(drawer.pixels(torch.arange(n), observe=observe))
     return [frame.cpu() for frame in [*frames, final]]
 
 

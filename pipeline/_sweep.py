@@ -35,7 +35,7 @@ from pipeline import (
     train,
 )
 from pipeline._pictures import STYLE, grid_picture
-from pipeline._sampler import Sampler
+from pipeline._sampler import Sampler, by_langevin
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint, read_json, write_json
 
@@ -129,6 +129,7 @@ def shortened(params: _params.Params, steps: int, n: int) -> _params.Params:
                 params,
                 train=dataclasses.replace(p, steps=steps, save_every=rest, preview_every=rest, keep_every=None),
                 select=dataclasses.replace(params.select, rule="last", n=n),
+                sample=by_langevin(params.sample),
                 runtime=dataclasses.replace(
                     params.runtime,
                     storage=storage if storage.startswith("s3://") else str(Path(storage).resolve()),

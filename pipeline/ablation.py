@@ -122,14 +122,15 @@ def ratios(drawer: Drawer) -> list[float]:
         return alpha
 
     index = torch.arange(WATCHED, device=device)
+    noise = random.seeded_noise(sampler.seed, index)
     samplers.annealed_langevin(
         drawer.model.score,
-        drawer.start(index),
+        drawer.start(index, noise),
         torch.tensor(levels, dtype=torch.float64),
         steps_per_level=sampler.schedule["steps_per_level"],
         denoise=False,
         step_rule=watched,
-        noise=random.seeded_noise(sampler.seed, index),
+        noise=noise,
     )
     return [float(torch.stack(values).mean()) for values in seen.values()]
 

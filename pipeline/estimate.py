@@ -28,7 +28,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.training import update
 from pipeline import _extractors, _params, _ray, _reference, _stage, evaluate, prepare, sample, schedule, train
-from pipeline._sampler import Drawer, Model, Sampler, evaluations
+from pipeline._sampler import Drawer, Model, Sampler, evaluations, of_section
 from pipeline._stage import StageError, log
 from pipeline._store import store
 
@@ -102,7 +102,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     """
     splits, levels, p = prepare.manifest()["splits"], schedule.load(), params.train
     workers, slots = _ray.most(params.runtime.workers), _slots()
-    nfe = evaluations(params.sample.method, levels, params.sample.denoise)
+    nfe = evaluations(params.sample.method, of_section(params.sample, levels), params.sample.denoise)
     yardstick = min(params.sample.n, splits["test"]["n"], sample.YARDSTICK)
 
     log.info("timing training")
@@ -299,9 +299,9 @@ def time_judging(params: _params.Params) -> Judging:
 def _drawer(job: train.Job) -> Drawer:
     """The stage sample's drawer, with the untrained network and `LEVELS` small steps."""
     levels = job.schedule | {"sigmas": job.schedule["sigmas"][-LEVELS:], "L": LEVELS, "steps_per_level": 1}
-    p = job.params.sample
+    p, method = job.params.sample, "annealed_langevin"  # an evaluation costs the same in all
     sampler = Sampler(
-        job.network, job.params.train.space, job.shape, "initial", "", 0, p.method, levels, False, p.precision, p.seed
+        job.network, job.params.train.space, job.shape, "initial", "", 0, method, levels, False, p.precision, p.seed
     )
     weights = save(train.initial_network(job.network, 0).state_dict())
     return Drawer(sampler, Model(job.network, weights, p.precision, job.params.runtime))

@@ -1,9 +1,10 @@
 """Draw by several samplers and settings with one network, and show what quality costs.
 
 FID against network evaluations and against time, of annealed Langevin dynamics with several T and epsilon, with and
-without the denoising step, with steps of a fixed signal-to-noise ratio, and of consistent annealed sampling with
-several refinements, all with the checkpoint that `select` has chosen. Reads what `sample` reads, and out/features;
-writes out/frontier: frontier.json, frontier.png and frontier.txt, whose last lines say which to pick.
+without the denoising step, with steps of a fixed signal-to-noise ratio, of consistent annealed sampling with several
+refinements, and of solvers of the probability flow in few steps, all with the checkpoint that `select` has chosen.
+Reads what `sample` reads, and out/features; writes out/frontier: frontier.json, frontier.png and frontier.txt, whose
+last lines say which to pick.
 Images are drawn into runtime.storage, each once: the same command goes on where it stopped.
 """
 
@@ -21,24 +22,31 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ncsn.metrics import Moments, frechet_distance
 from pipeline import _extractors, _params, _ray, _reference, _shards, _stage, _track, evaluate, sample, select, train
 from pipeline._pictures import STYLE
-from pipeline._sampler import Sampler
+from pipeline._sampler import Sampler, by_langevin, route
 from pipeline._stage import StageError, log
 from pipeline._store import replacing_folder, write_json, write_text
 
 OUT = Path("out/frontier")
 CLOSE = 1.05  # FID that counts as no worse than the best: within 5 %
-TITLES = {"annealed_langevin": "annealed Langevin", "snr": "annealed Langevin, SNR", "consistent": "consistent"}
+TITLES = {
+    "annealed_langevin": "annealed Langevin",
+    "snr": "annealed Langevin, SNR",
+    "consistent": "consistent",
+    "heun": "flow, Heun",
+    "dpmpp": "flow, DPM-Solver++",
+}
+FLOWS = ("heun", "dpmpp")
 
 
-def main(params: _params.Params, *, n: int, steps: list[int], factors: list[float]) -> None:
+def main(params: _params.Params, *, n: int, steps: list[int], factors: list[float], levels: list[int]) -> None:
     extractor = _extractors.choose(params.evaluate)
     if extractor is None:
         raise StageError(
             "a frontier needs features: the data has no labels to train a classifier on, and there are no Inception "
             "weights: name the file with evaluate.inception_weights=PATH"
         )
-    base = sample.make_sampler(params, "ema")
-    samplers = settings(base, steps, factors)
+    base = sample.make_sampler(dataclasses.replace(params, sample=by_langevin(params.sample)), "ema")
+    samplers = settings(base, steps, factors, levels)
     log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
     with _track.run(params, afterwards=train.weights_sha256()) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
@@ -53,17 +61,17 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
     print(told)
 
 
-def settings(base: Sampler, steps: list[int], factors: list[float]) -> list[Sampler]:
+def settings(base: Sampler, steps: list[int], factors: list[float], levels: list[int]) -> list[Sampler]:
     """The samplers: T by epsilon for annealed Langevin dynamics; for the sampler's own T without denoising and with the
-    signal-to-noise ratios that answer to these epsilons; and consistent sampling with so many steps from level to
-    level, at both ends of what epsilon may be and between."""
+    signal-to-noise ratios that answer to these epsilons; consistent sampling with so many steps from level to level, at
+    both ends of what epsilon may be and between; and the flow with so many levels."""
 
     own, square = base.schedule["epsilon"], base.schedule["sigmas"][-1] ** 2
     T, snr = base.schedule["steps_per_level"], base.snr or math.sqrt(own / 2 / square)
     found = [variant(base, T=T, epsilon=own * factor) for T in steps for factor in factors]
     found += [variant(base, T=T, epsilon=own), variant(base, T=T, epsilon=own, denoise=False)]
     found += [variant(base, T=T, snr=snr * math.sqrt(factor)) for factor in factors]
-    found += consistent(base, steps)
+    found += consistent(base, steps) + flows(base, levels)
     return list({each.name: each for each in found}.values())
 
 
@@ -93,13 +101,31 @@ def consistent(base: Sampler, steps: list[int], denoise: bool = True) -> list[Sa
     return found
 
 
+def flows(base: Sampler, levels: list[int], denoise: bool = True) -> list[Sampler]:
+    """Solvers of the flow with so many levels, or with those of training where the network knows no others."""
+    counts = [None] if "sigmas" in base.network else levels
+    return [
+        dataclasses.replace(
+            base, method=method, schedule=route(base.schedule, method, n), denoise=denoise, snr=None, predictor=None
+        )
+        for n in counts
+        for method in FLOWS
+    ]
+
+
 def draw(samplers: list[Sampler], weights: Path, n: int, params: _params.Params) -> list[dict[str, Any]]:
     """Draw the images of all settings with the weights of a file, within a cluster. The seconds are those of one worker
     for an image, whenever it drew it; settings that fail say why."""
     rows, orders = {}, {}
     for each in samplers:
         row = {"method": each.method, "T": each.schedule["steps_per_level"], "epsilon": each.schedule["epsilon"]}
-        row |= {"snr": each.snr, "denoise": each.denoise, "nfe": each.nfe, "settings": each.settings}
+        row |= {
+            "levels": each.schedule["L"],
+            "snr": each.snr,
+            "denoise": each.denoise,
+            "nfe": each.nfe,
+            "settings": each.settings,
+        }
         name = words(row)
         rows[name] = row
         orders[name] = _shards.Order(each, weights, n, params.sample.shard_size)
@@ -149,8 +175,9 @@ def advice(rows: list[dict[str, Any]]) -> str:
 
 def words(each: dict[str, Any]) -> str:
     """A setting for people."""
-    step = f"SNR = {each['snr']:.3g}" if each["snr"] else f"epsilon = {each['epsilon']:.3g}"
-    return f"{TITLES[each['method']]}, T = {each['T']}, {step}{'' if each['denoise'] else ', not denoised'}"
+    step = f"SNR = {each['snr']:.3g}" if each["snr"] else f"epsilon = {each['epsilon'] or 0:.3g}"
+    how = f"{each['levels']} levels" if each["method"] in FLOWS else f"T = {each['T']}, {step}"
+    return f"{TITLES[each['method']]}, {how}{'' if each['denoise'] else ', not denoised'}"
 
 
 def kind(each: dict[str, Any]) -> str:
@@ -159,8 +186,8 @@ def kind(each: dict[str, Any]) -> str:
 
 
 def size(each: dict[str, Any]) -> str:
-    """Of a step, for people: epsilon, or the signal-to-noise ratio."""
-    return f"{each['snr'] or each['epsilon']:.3g}"
+    """Of a step, for people: epsilon, or the signal-to-noise ratio, or the number of levels."""
+    return f"{each['levels']} levels" if each["method"] in FLOWS else f"{each['snr'] or each['epsilon']:.3g}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -215,7 +242,7 @@ def plot(rows: list[dict[str, Any]], n: int, path: Path) -> None:
             best = frontier(rows, key)
             axes.plot([e[key] for e in best], [e["fid"] for e in best], color="0.6", lw=1, zorder=0, label="frontier")
             for each in best:
-                text = f"T = {each['T']}, {size(each)}"
+                text = size(each) if each["method"] in FLOWS else f"T = {each['T']}, {size(each)}"
                 axes.annotate(text, (each[key], each["fid"]), (4, 5), textcoords="offset points", fontsize=7)
             axes.set(xscale="log", yscale="log", xlabel=below)
             axes.margins(0.12)
@@ -233,6 +260,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5], metavar="T", help="default: 1 2 5")
     parser.add_argument(
         "--factors", type=float, nargs="+", default=[0.3, 0.6, 1.0], metavar="F", help="of epsilon; default: 0.3 0.6 1"
+    )
+    parser.add_argument(
+        "--levels", type=int, nargs="+", default=[6, 10, 18], metavar="L", help="of the flow; default: 6 10 18"
     )
 
 

@@ -27,6 +27,14 @@ from pipeline._pictures import STYLE, grid_picture
 from pipeline._stage import StageError
 from pipeline._store import read_json, write_text
 
+DRAWN_BY = {
+    "annealed_langevin": "annealed Langevin dynamics",
+    "consistent": "consistent annealed sampling",
+    "euler": "Euler steps of the probability flow",
+    "heun": "Heun steps of the probability flow",
+    "dpmpp": "DPM-Solver++ steps of the probability flow",
+    "predictor_corrector": "a predictor and corrector of the reverse SDE",
+}
 OUT = Path("out/report.html")
 LOCK = Path("dvc.lock")
 GRID = 100  # images in a grid, as in out/samples/grid.png
@@ -61,6 +69,7 @@ def render(params: _params.Params) -> str:
             schedule=levels,
             model=model,
             drawn=sample.manifest(),
+            method=DRAWN_BY[sample.manifest()["sampler"]["name"]],
             grid=GRID,
             settings=_params.as_dict(params, *_track.RESULT_SECTIONS),
             metrics=METRICS,

@@ -1,4 +1,9 @@
-"""Draw images by annealed Langevin dynamics, or consistent annealed sampling, on a pool of Ray workers.
+"""Draw images by annealed Langevin dynamics, or another sampler, on a pool of Ray workers.
+
+sample=default             annealed Langevin dynamics (arXiv:1907.05600, arXiv:2006.09011)
+sample=consistent          consistent annealed sampling (arXiv:2009.05475)
+sample=dpmpp, heun, euler  solvers of the probability flow: the same network, far fewer evaluations
+sample=pc                  predictor and corrector of the reverse SDE (arXiv:2011.13456)
 
 Reads out/train, out/select, out/schedule and the section `sample`; writes out/samples: `ema/` the samples, `untrained/`
 a few of the untrained network as a yardstick, each as uint8 shards with a manifest; grid.png and denoising.gif. Image i

@@ -121,12 +121,12 @@ def draw(
 ) -> Tensor:
     """Images in [0, 1] by the sampler of the stage `sample`, with this noise and this projection."""
     s = drawer.sampler
-    with tqdm(total=s.nfe - s.denoise, unit="step", desc=what, mininterval=1) as bar:
+    with tqdm(total=s.steps, unit="step", desc=what, mininterval=1) as bar:
 
         def observe(x: Tensor, step: int, sigma: float) -> None:
             bar.update()
 
-        return drawer.langevin(index, noise=noise, project=project, observe=observe).clamp(0, 1)
+        return drawer.pixels(index, noise=noise, project=project, observe=observe).clamp(0, 1)
 
 
 def rgb(x: Tensor) -> Tensor:

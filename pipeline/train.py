@@ -112,6 +112,7 @@ def main(params: _params.Params, *, until: int | None = None) -> Store:
             "ncsn/noise.py",
             "ncsn/random.py",
             "ncsn/samplers.py",
+            "ncsn/sde.py",
             "ncsn/training.py",
             "pipeline/train.py",
         ),

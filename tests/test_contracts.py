@@ -156,8 +156,8 @@ def _called(path):
 
 def test_imports_are_followed():
     assert {"ncsn/losses.py", "ncsn/random.py", "ncsn/networks", "pipeline/prepare.py"} < _called("pipeline/train.py")
-    assert _called("ncsn/networks/unet.py") == {"ncsn/networks", "ncsn/noise.py"}
-    assert _called("ncsn/samplers.py") == {"ncsn/noise.py"}
+    assert _called("ncsn/networks/unet.py") == {"ncsn/networks", "ncsn/noise.py", "ncsn/sde.py"}
+    assert _called("ncsn/samplers.py") == {"ncsn/noise.py", "ncsn/ode.py", "ncsn/sde.py"}
     assert _called("pipeline/_pictures.py") == {
         "ncsn/images.py",
         *(f"pipeline/_{name}.py" for name in ("params", "stage", "store")),

@@ -48,13 +48,14 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     select.main(params)
     recorder = Recorder()
     monkeypatch.setattr(frontier._track, "run", recorder.run)
-    frontier.main(params, n=8, steps=[1], factors=[0.5, 1e45])
+    frontier.main(params, n=8, steps=[1], factors=[0.5, 1e45], levels=[5])
     found = read_json(frontier.OUT / "frontier.json")
     rows = found["rows"]
     assert (found["n"], found["seeds"]["last"], found["checkpoint"]["step"]) == (8, 7, 3)
     methods = [(each["method"], each["denoise"], each["nfe"]) for each in rows]
     assert methods.count(("consistent", True, 8)) == 2
     assert ("annealed_langevin", False, 16) in methods
+    assert {("heun", True, 9), ("dpmpp", True, 5)} < set(methods)
     assert sum(each["snr"] is not None for each in rows) == 2
     wild = [each for each in rows if each["reason"]]
     assert {each["reason"].partition(" with ")[2].partition("=")[0] for each in wild} == {"noise.epsilon", "sample.snr"}
@@ -63,7 +64,7 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     assert "Pick: " in capsys.readouterr().out
     assert "frontier/frontier.png" in map(str, recorder.files)
     again = frontier.draw(
-        frontier.settings(sample.make_sampler(params, "ema"), [1], [0.5]), sample.weights("ema"), 8, params
+        frontier.settings(sample.make_sampler(params, "ema"), [1], [0.5], [5]), sample.weights("ema"), 8, params
     )
     assert len(again) == len(rows) - 2
     told = {frontier.words(each): each["seconds"] for each in rows}

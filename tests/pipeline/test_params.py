@@ -125,6 +125,14 @@ def test_an_override_reaches_its_key_with_its_type():
         ("data.crop=140", "data.crop=140: expected null with data=digits"),
         ("model.name=unet", "model.multipliers=None: expected null but for model.name=unet, which needs them; got"),
         ("sample.snr=0", "sample.snr=0.0: expected a number > 0 or null"),
+        (
+            "sample.steps=9",
+            "sample.steps=9: expected null with sample.method=annealed_langevin, whose steps",
+        ),
+        (
+            "sample.method=predictor_corrector",
+            "sample.steps=None: expected a whole number >= 2 with sample.method=",
+        ),
         ("tune.search=bayes", "tune.search='bayes': expected one of grid, random, tpe"),
         ("tune.sigma_1=[1,-2]", "tune.sigma_1=(1, -2): expected a list of numbers > 0"),
         ("tune.sigma_1=[0.1,10]", "tune.sigma_1=[0.1, 10]: expected more than the greatest sigma_L, 0.1"),

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import _ray, _shards, s3, sample, schedule, select, train
+from ncsn import images, random
+from pipeline import _ray, _shards, prepare, s3, sample, schedule, select, strips, train
 from pipeline._pictures import save_gif
-from pipeline._sampler import Drawer, Model, Sampler
+from pipeline._sampler import Drawer, Model, Sampler, of_model, of_section, route
 from pipeline._shards import Order
 from pipeline._stage import StageError
 from pipeline._store import read_json, sha256, store, write_json
@@ -209,13 +210,76 @@ def test_the_animation_ends_with_the_samples(drawer, tmp_path, monkeypatch):
 
 def test_chains_start_uniform_or_at_the_noise_level_that_their_sampler_needs(sampler, weights, runtime):
     index, sigma_1 = torch.arange(200), sampler.schedule["sigmas"][0]
+    noise = random.seeded_noise(5, index)
     starts = {
-        name: Drawer.of(dataclasses.replace(sampler, **own), weights, runtime).start(index)
+        name: Drawer.of(dataclasses.replace(sampler, **own), weights, runtime).start(index, noise)
         for name, own in (("epsilon", {}), ("snr", {"snr": 0.5}), ("consistent", {"method": "consistent"}))
     }
     assert 0 <= starts["epsilon"].min() < starts["epsilon"].max() <= 1
     assert starts["snr"].equal(starts["consistent"])
     assert float((starts["snr"] - starts["epsilon"]).std()) == pytest.approx(sigma_1, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("section", "levels", "nfe", "steps"),
+    [
+        ({"method": "euler"}, 4, 4, 3),
+        ({"method": "heun", "steps": 7}, 7, 13, 6),
+        ({"method": "dpmpp", "steps": 7}, 7, 7, 6),
+        ({"method": "predictor_corrector", "steps": 6, "snr": None}, 6, 6, 6),
+        ({"method": "predictor_corrector", "steps": 6, "snr": 0.16}, 6, 12, 6),
+    ],
+)
+def test_methods_take_as_many_evaluations_as_they_say(
+    compose_params, sampler, weights, runtime, drawer, section, levels, nfe, steps
+):
+    params = compose_params("experiment=tiny", *(f"sample.{key}={value or 'null'}" for key, value in section.items()))
+    own = of_section(params.sample, sampler.schedule)
+    predictor = "ancestral" if section["method"] == "predictor_corrector" else None
+    other = dataclasses.replace(
+        sampler, method=section["method"], schedule=own, snr=section.get("snr"), predictor=predictor
+    )
+    assert (len(own["sigmas"]), other.nfe, other.steps) == (levels, nfe, steps)
+    assert own["sigmas"][0] == pytest.approx(sampler.schedule["sigma_1"])
+    assert own["sigmas"][-1] == pytest.approx(sampler.schedule["sigma_L"], rel=1e-3)
+    assert other.settings["epsilon"] is None
+    made = Drawer.of(other, weights, runtime)
+    calls, seen, score = [], [], made.model.score
+    made.model.score = lambda x, sigma: calls.append(float(sigma[0])) or score(x, sigma)
+    x = made.pixels(torch.arange(6), observe=lambda x, step, sigma: seen.append(step))
+    assert (len(calls), seen) == (nfe, list(range(steps)))
+    assert torch.allclose(made.pixels(torch.arange(6))[3:], made.pixels(torch.arange(3, 6)), atol=1e-3)
+    assert not _close(images.to_uint8(x), drawer.draw(torch.arange(6)))
+    made.model.score = lambda x, sigma: torch.full_like(x, torch.nan)
+    told = "sample.snr=0.16: lower it" if section.get("snr") else "take more sample.steps"
+    with pytest.raises(StageError, match=told):
+        made.pixels(torch.arange(2))
+
+
+def test_a_flow_between_two_noises_leads_from_one_image_to_another(sampler, weights, runtime):
+    """The start is all the noise there is."""
+    flow = dataclasses.replace(sampler, method="dpmpp", schedule=route(sampler.schedule, "dpmpp", 5))
+    made = Drawer.of(flow, weights, runtime)
+    row = strips.between(made, 1, 5)
+    ends = made.pixels(torch.arange(1)).clamp(0, 1)
+    assert torch.allclose(row[:1], ends, atol=1e-4)
+    assert (row[1:] - row[:-1]).flatten(1).norm(dim=1).min() > 1e-3
+
+
+def test_a_network_with_levels_of_its_own_is_solved_at_these_alone(compose_params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = compose_params("experiment=tiny", "model=ncsn", "sample=dpmpp")
+    levels = schedule.choose(params.noise, torch.rand(20, 1, 8, 8))
+    schedule.OUT.mkdir(parents=True)
+    prepare.OUT.mkdir(parents=True)
+    write_json(schedule.OUT / "schedule.json", levels)
+    write_json(prepare.OUT / "manifest.json", {"shape": [1, 8, 8]})
+    model = {"network": train.describe(params.model, 1, levels["sigmas"]), "space": "pixels"}
+    told = r"sample.steps=18 has 18 levels .* knows none but its own 4 .* set sample.steps=null"
+    with pytest.raises(StageError, match=told):
+        of_model(params, model, "ema", "", 1, 0)
+    own = compose_params("experiment=tiny", "model=ncsn", "sample=dpmpp", "sample.steps=null")
+    assert of_model(own, model, "ema", "", 1, 0).schedule["sigmas"] == levels["sigmas"]
 
 
 def test_the_consistent_method_draws_other_images_in_fewer_evaluations(sampler, weights, runtime, drawer):

@@ -51,7 +51,7 @@ def test_completions_keep_what_is_known_and_differ_in_the_rest(drawer):
 
 def test_what_is_known_is_put_in_as_the_network_sees_it(drawer, monkeypatch):
     seen = []
-    monkeypatch.setattr(drawer, "langevin", lambda index, project, **_: seen.append(project) or _real(len(index)))
+    monkeypatch.setattr(drawer, "pixels", lambda index, project, **_: seen.append(project) or _real(len(index)))
     mask = torch.ones(1, 8, 8, dtype=torch.bool)
     strips.complete(drawer, _real(2), mask)
     known = drawer.to_pixels(seen[0](drawer.to_space(torch.rand(2, 1, 8, 8)), 1e-6, 0))
