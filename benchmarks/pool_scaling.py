@@ -64,7 +64,8 @@ def measure(problem: Problem, *, workers: int, steps: int, repeats: int) -> dict
 def _sampler(problem: Problem, steps: int, folder: Path) -> Sampler:
     """With random weights, which it writes."""
     sigmas = geometric_sigmas(1, 0.01, max(2, steps)).tolist()[:steps]
-    network = train.describe(_params.Model(problem.model, problem.width, "elu", None), problem.channels, sigmas)
+    model = _params.Model(problem.model, problem.width, "elu", None, None, None, None)
+    network = train.describe(model, problem.channels, {"sigmas": sigmas})
     weights = train.initial_network(network, 0).state_dict()
     with replacing_folder(folder) as out:
         train.write_model(out, weights, weights, {"network": network})

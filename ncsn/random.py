@@ -14,7 +14,7 @@ from torch import Tensor
 # Streams: what the numbers are for, so that no two uses of one seed share them.
 # The numbers stay: new streams go to the end.
 STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP, KNOWN, OTHER_END = range(7)
-TRAIN_DIRECTION, TRAIN_DEQUANTISE, TRAIN_ORDER = range(7, 10)
+TRAIN_DIRECTION, TRAIN_DEQUANTISE, TRAIN_ORDER, TRAIN_DROPOUT = range(7, 11)
 
 _MASK = 0xFFFFFFFF
 

@@ -318,7 +318,8 @@ def _corrector_factors(sde: SDE, t: Tensor) -> Tensor:
     raise ValueError(f"expected VE or VP for a corrector, whose steps need alpha_k, got {sde}: draw without one")
 
 
-SOLVERS = ("euler", "heun", "dpmpp")
+DETERMINISTIC = ("euler", "heun", "dpmpp")
+SOLVERS = (*DETERMINISTIC, "dpmpp_sde")
 
 
 @torch.no_grad()
@@ -329,6 +330,7 @@ def probability_flow(
     *,
     solver: str = "heun",
     denoise: bool = True,
+    noise: Noise = torch_noise,
     project: Project | None = None,
     observe: Observe | None = None,
 ) -> Tensor:
@@ -342,6 +344,8 @@ def probability_flow(
         dpmpp   x <- q x + (1 - q) (D + h / (2 h_0) (D - D_0)),   one, order 2 (DPM-Solver++(2M), arXiv:2211.01095,
                 q = sigma' / sigma, h = -log q; D_0, h_0 those    Algorithm 2), exact in the linear part
                 of the step before, none at the first
+        dpmpp_sde  the same with q^2 in place of q, and noise:    one, of the reverse SDE in place of the flow: noise
+                + sigma' sqrt(1 - q^2) z                          forgets errors of the score
 
     At the end, with `denoise`: x <- D at sigma_L, an Euler step to sigma = 0.
 
@@ -351,11 +355,12 @@ def probability_flow(
         sigmas: Noise levels, shape (L,), strictly decreasing: `noise.edm_sigmas`, or those of training.
         solver: One of SOLVERS.
         denoise: Take the final denoising step.
+        noise: Standard normal values, see the module; of dpmpp_sde alone.
         project: Puts in what is known, see the module.
         observe: Watches, is told the level that x has come to; must not change x.
 
     Returns:
-        Samples, shape and dtype of x: a function of the start alone. They are not clamped to [0, 1].
+        Samples, shape and dtype of x: but for dpmpp_sde a function of the start alone. They are not clamped to [0, 1].
 
     Raises:
         ValueError: If the levels do not strictly decrease or there is no such solver.
@@ -368,11 +373,14 @@ def probability_flow(
         if project is not None:
             x = project(x, sigma, step)
         s = score(x, _level(x, sigma)).to(x.dtype)
-        if solver == "dpmpp":
+        if solver.startswith("dpmpp"):
             mean, h = x + sigma**2 * s, math.log(sigma / following)
             ahead = mean if previous is None else mean + h / (2 * previous[1]) * (mean - previous[0])
-            x = following / sigma * x + (1 - following / sigma) * ahead
             previous = mean, h
+            q = (following / sigma) ** (2 if solver == "dpmpp_sde" else 1)
+            x = q * x + (1 - q) * ahead
+            if solver == "dpmpp_sde":
+                x = x + following * (1 - q) ** 0.5 * noise(x, step)
         else:
             there = x + (sigma - following) * sigma * s
             if solver == "heun":

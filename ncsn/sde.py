@@ -220,6 +220,9 @@ class SubVP(_Beta):
         raise ValueError("expected VE or VP, which have the chains SMLD and DDPM, got sub-VP: it has continuous time")
 
 
+SDES: dict[str, Callable[..., SDE]] = {"ve": VE, "vp": VP, "subvp": SubVP}
+
+
 def noise_prediction(
     network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, steps: int | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:

@@ -187,10 +187,19 @@ def train_draws(
     Raises:
         ValueError: If the seed is not in [0, 2^32).
     """
+    level = (train_positions(seed=seed, index=index, power=level_power) * len(sigmas)).long()
+    return level, random.normal(seed, random.TRAIN_NOISE, index, 0, shape)
+
+
+def train_positions(*, seed: int, index: Tensor, power: float = 1.0) -> Tensor:
+    """u_k^power of `train_draws`, where a sample is between the largest level, 0, and the smallest, 1; float64, (B,).
+
+    In continuous time 1 - u is its time (arXiv:2011.13456, equation 7), in [0, 1] of what the SDE is trained at.
+    """
     shift = random.uniform(seed, random.TRAIN_LEVEL, index.new_zeros(1), 0, (1,)).double()[0]
     turns = (index * _GOLDEN >> 32 & 0xFFFFFFFF).double() * 2.0**-32  # k phi mod 1: int64 wraps, which is the mod
-    level = (((turns + shift) % 1) ** level_power * len(sigmas)).long()
-    return level, random.normal(seed, random.TRAIN_NOISE, index, 0, shape)
+    position: Tensor = ((turns + shift) % 1) ** power
+    return position
 
 
 def train_step(

@@ -18,6 +18,9 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+SDE_NETWORKS = ("ncsnpp", "ddpmpp", "ddpm")
+OF_SDES = ("blocks", "attention", "dropout")  # what these alone have
+
 
 class ParamsError(ValueError):
     """A parameter that cannot be used; the message is one line with the full key, the value and what is allowed."""
@@ -88,12 +91,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """The score network; `multipliers` is of the U-Net alone."""
+    """The score network; `multipliers` is of U-Nets alone, what follows it of those of the SDE family."""
 
-    name: str = _one_of("ncsn", "ncsn_deeper", "ncsnv2", "ncsnv2_deeper", "ncsnv2_deepest", "unet")
+    name: str = _one_of(
+        *("ncsn", "ncsn_deeper", "ncsnv2", "ncsnv2_deeper", "ncsnv2_deepest", "unet", "ncsnpp", "ddpmpp", "ddpm")
+    )
     width: int = _whole(2)
     act: str = _one_of("elu", "relu", "lrelu", "swish")
     multipliers: tuple[int, ...] | None = _multipliers()
+    blocks: int | None = _whole(1)
+    attention: tuple[int, ...] | None = _rule(
+        "whole numbers >= 0, the sizes with attention, 0 the full one, as in [1]",
+        lambda value: value is None or all(type(k) is int and k >= 0 for k in value),
+    )
+    dropout: float | None = _rule("a number from 0 to less than 1", lambda value: value is None or 0 <= value < 1)
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise levels; null means: computed from the data (Techniques 1, 2 and 4). `epsilon_scale` multiplies that."""
+    """The noise levels; null means: computed from the data (Techniques 1, 2 and 4). `epsilon_scale` multiplies that.
 
+    With an SDE training takes any level, at times from 1 to where the level is sigma_L; the L levels are those of equal
+    times. The largest level of vp and subvp follows from beta_min and beta_max.
+    """
+
+    sde: str = _one_of("none", "ve", "vp", "subvp")
+    beta_min: float = _positive()
+    beta_max: float = _positive()
     spacing: str = _one_of("geometric", "linear")
     sigma_1: float | None = _positive()
     sigma_L: float = _positive()
@@ -175,7 +193,9 @@ class Sample:
     n: int = _whole(1)
     ranges: int = _whole(1)
     shard_size: int = _whole(1)
-    method: str = _one_of("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "predictor_corrector")
+    method: str = _one_of(
+        *("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "predictor_corrector")
+    )
     steps: int | None = _whole(2)
     predictor: str = _one_of("euler_maruyama", "reverse_diffusion", "ancestral")
     snr: float | None = _positive()
@@ -329,9 +349,11 @@ def parse(tree: Any) -> Params:
             f"runtime.workers={list(workers)}: expected no more than train.batch_size={params.train.batch_size}"
         )
     for key, model in (("model", params.model), ("ablation.model", params.ablation.model)):
-        if (model.multipliers is None) == (model.name == "unet"):
-            allowed = f"null but for {key}.name=unet, which needs them"
-            raise ParamsError(f"{key}.multipliers={model.multipliers}: expected {allowed}; got {key}.name={model.name}")
+        for field, owners in (("multipliers", ("unet", *SDE_NETWORKS)), *((field, SDE_NETWORKS) for field in OF_SDES)):
+            value = getattr(model, field)
+            if (value is None) == (model.name in owners):
+                allowed = f"null but for {key}.name={', '.join(owners)}, which need them"
+                raise ParamsError(f"{key}.{field}={value}: expected {allowed}; got {key}.name={model.name}")
     if params.runtime.compile and params.loss.name != "dsm":
         raise ParamsError(
             f"runtime.compile=True: expected false with loss={params.loss.name}: torch.compile does not take second "
@@ -349,6 +371,7 @@ def parse(tree: Any) -> Params:
             f"noise.sigma_1={params.noise.sigma_1}: expected more than noise.sigma_L={params.noise.sigma_L}"
         )
     _check_sample(params.sample)
+    _check_sde(params)
     if params.noise.epsilon is not None and params.noise.epsilon >= (limit := 2 * params.noise.sigma_L**2):
         raise ParamsError(
             f"noise.epsilon={params.noise.epsilon}: expected less than 2 noise.sigma_L^2 = {limit:.4g}, from which on "
@@ -375,6 +398,54 @@ def _check_sample(sample: Sample) -> None:
         )
     if sample.steps is None and sample.method == "predictor_corrector":
         raise ParamsError("sample.steps=None: expected a whole number >= 2 with sample.method=predictor_corrector")
+
+
+def _check_sde(params: Params) -> None:
+    """Raise ParamsError for what cannot be under an SDE, before anything is trained."""
+    noise, model, sample = params.noise, params.model, params.sample
+    if model.name in ("ddpmpp", "ddpm") and noise.sde not in ("vp", "subvp"):
+        raise ParamsError(
+            f"model.name={model.name}: expected noise.sde=vp or subvp, whose noise it predicts; got "
+            f"noise.sde={noise.sde}"
+        )
+    if noise.sde == "none":
+        return
+    if model.name in ("ncsn", "ncsn_deeper"):
+        raise ParamsError(
+            f"noise.sde={noise.sde}: expected none with model.name={model.name}, which knows no levels between its own"
+        )
+    if noise.sde == "ve":
+        if noise.spacing != "geometric":
+            raise ParamsError(f"noise.spacing={noise.spacing}: expected geometric with noise.sde=ve")
+        return
+    if noise.sigma_1 is not None:
+        raise ParamsError(
+            f"noise.sigma_1={noise.sigma_1:g}: expected null with noise.sde={noise.sde}, where it follows from "
+            "noise.beta_min and noise.beta_max"
+        )
+    if noise.L is None:
+        raise ParamsError(f"noise.L=None: expected a whole number >= 2 with noise.sde={noise.sde}, as in noise.L=100")
+    if noise.beta_min > noise.beta_max:
+        raise ParamsError(f"noise.beta_min={noise.beta_min:g}: expected at most noise.beta_max={noise.beta_max:g}")
+    if params.train.space == "logits":
+        raise ParamsError(f"train.space=logits: expected pixels or centred with noise.sde={noise.sde}")
+    if sample.method != "predictor_corrector":
+        return
+    if noise.sde == "subvp" and sample.snr is not None:
+        raise ParamsError(
+            f"sample.snr={sample.snr:g}: expected null with noise.sde=subvp: the steps of a corrector need alpha_k, "
+            "which sub-VP does not have"
+        )
+    if noise.sde == "subvp" and sample.predictor == "ancestral":
+        raise ParamsError(
+            "sample.predictor=ancestral: expected reverse_diffusion or euler_maruyama with noise.sde=subvp, which has "
+            "no chain"
+        )
+    if noise.sde == "vp" and sample.steps is not None and sample.steps <= noise.beta_max:
+        raise ParamsError(
+            f"sample.steps={sample.steps}: expected more than noise.beta_max={noise.beta_max:g} with noise.sde=vp: the "
+            "variance beta_max / steps of a step must be below 1"
+        )
 
 
 def _check_tune(tune: Tune, noise: Noise) -> None:

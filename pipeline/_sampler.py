@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ncsn import images, random, samplers
 from ncsn.inference import Evaluator, activation_bytes, micro_batch
+from ncsn.losses import Score
 from ncsn.networks.ncsn import TOLERANCE
 from ncsn.noise import edm_sigmas, refined, snr_rule
-from ncsn.sde import VE
+from ncsn.sde import SDE, VE
 from pipeline import _params, prepare, schedule, train
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, fingerprint
@@ -25,9 +26,9 @@ from pipeline._store import code_digest, fingerprint
 LEVELS = ("spacing", "sigma_1", "sigma_L", "L", "steps_per_level", "epsilon")  # of a schedule, in manifests
 CODE = (
     *("ncsn/networks", "ncsn/samplers.py", "ncsn/random.py", "ncsn/noise.py", "ncsn/images.py", "ncsn/inference.py"),
-    *("ncsn/sde.py", "pipeline/_sampler.py"),
+    *("ncsn/ode.py", "ncsn/sde.py", "pipeline/_sampler.py"),
 )
-T_MIN = 1e-5  # where the reverse SDE ends
+T_MIN = 1e-5  # where the reverse of VE ends
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Sampler:
             "shape": list(self.shape),
             "weights": self.weights_sha256,
             "schedule": {key: self.schedule[key] for key in ("sigmas", "epsilon", "steps_per_level")},
+            "sde": self.schedule.get("sde") if self.predictor else None,
             "sample": {
                 "method": self.method,
                 "snr": self.snr,
@@ -134,18 +136,18 @@ def route(
 ) -> dict[str, Any]:
     """The schedule that a method goes through: `levels`, or between their ends as many levels as `steps` says.
 
-    Of solvers, in the spacing of arXiv:2206.00364, equation 5; of predictor_corrector, those of the SDE VE, with two
-    evaluations at each where there is a corrector. They have no epsilon.
+    Of solvers, in the spacing of arXiv:2206.00364, equation 5; of predictor_corrector, those of the SDE at equal times,
+    with two evaluations at each where there is a corrector. They have no epsilon.
     """
     if steps is None:
         solved = method in samplers.SOLVERS
         return {**levels, "steps_per_level": 1, "epsilon": None} if solved else dict(levels)
-    sigma_1, sigma_L = levels["sigma_1"], levels["sigma_L"]
     if method == "predictor_corrector":
-        times = torch.linspace(1, T_MIN, steps, dtype=torch.float64)
-        spacing, sigmas = "geometric", VE(sigma_L, sigma_1).noise_level(times)
+        reverse = Reverse.of(levels)
+        times = torch.linspace(1, reverse.t_min, steps, dtype=torch.float64)
+        spacing, sigmas = levels["spacing"], reverse.unit * reverse.sde.noise_level(times)
     else:
-        spacing, sigmas = "edm", edm_sigmas(sigma_1, sigma_L, steps)
+        spacing, sigmas = "edm", edm_sigmas(levels["sigma_1"], levels["sigma_L"], steps)
     own = {"spacing": spacing, "L": steps, "sigmas": sigmas.tolist(), "steps_per_level": 1 + corrector, "epsilon": None}
     return {**levels, **own}
 
@@ -192,6 +194,54 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
         snr=params.sample.snr,
         predictor=params.sample.predictor if params.sample.method == "predictor_corrector" else None,
     )
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """The SDE whose reverse a schedule's network can draw by, and where it lies in the network's space.
+
+    Args:
+        sde: VP or sub-VP as the schedule has it, else VE between its ends.
+        unit: x = shift + unit X for images X as the SDE has them.
+        shift: 0.5 for VP and sub-VP of pixels in [0, 1].
+        t_min: Where it ends.
+    """
+
+    sde: SDE
+    unit: float
+    shift: float
+    t_min: float
+
+    @classmethod
+    def of(cls, levels: Mapping[str, Any]) -> "Reverse":
+        """That of a schedule."""
+        sde = levels.get("sde")
+        if sde is None or sde["name"] == "ve":
+            return cls(VE(levels["sigma_L"], levels["sigma_1"]), 1.0, 0.0, T_MIN)
+        return cls(schedule.process(sde), sde["unit"], 1 - sde["unit"] if sde["unit"] < 1 else 0.0, sde["t_min"])
+
+    def outside(self, x: Tensor) -> Tensor:
+        """In the network's space."""
+        return self.shift + self.unit * x
+
+    def inside(self, x: Tensor) -> Tensor:
+        """As the SDE has it."""
+        return (x - self.shift) / self.unit
+
+    def draw(self, score: Score, x: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """`samplers.predictor_corrector` from a start in the network's space, in which the result is."""
+        project, observe = settings["project"], settings["observe"]
+        given = dict(settings)
+        if project is not None:
+            given["project"] = lambda x, sigma, k: self.inside(project(self.outside(x), self.unit * sigma, k))
+        if observe is not None:
+            given["observe"] = lambda x, k, sigma: observe(self.outside(x), k, self.unit * sigma)
+
+        def scaled(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.unit * score(self.outside(x), self.unit * sigma)
+
+        drawn = samplers.predictor_corrector(scaled, self.inside(x), self.sde, t_min=self.t_min, **given)
+        return self.outside(drawn)
 
 
 def same_levels(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -271,11 +321,11 @@ class Drawer:
 
         All need it but annealed Langevin dynamics; and so do its steps of a fixed signal-to-noise ratio: nearer to the
         data than the level says scores are short, so the first step is too long by far, and from far away the following
-        ones are short. A solver of the flow has no other noise than this, so it comes from `noise`.
+        ones are short. A solver of the flow has no other noise than that of the start, so it comes from `noise`.
         """
         s = self.sampler
         x = self.to_space(random.start_images(s.seed, index, s.shape))
-        if s.method in samplers.SOLVERS:
+        if s.method in samplers.DETERMINISTIC:
             return x + float(self.sigmas[0]) * noise(x, 0)
         if s.method != "annealed_langevin" or s.snr:
             x += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
@@ -312,12 +362,11 @@ class Drawer:
             "observe": observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         }
         if s.method in samplers.SOLVERS:
-            x = samplers.probability_flow(score, start, self.sigmas, solver=s.method, **settings)
+            x = samplers.probability_flow(score, start, self.sigmas, solver=s.method, noise=noise, **settings)
         elif s.method == "predictor_corrector":
-            sde = VE(s.schedule["sigma_L"], s.schedule["sigma_1"])
-            settings |= {"predictor": s.predictor, "corrector": snr_rule(s.snr) if s.snr else None, "t_min": T_MIN}
-            steps = s.schedule["L"]
-            x = samplers.predictor_corrector(score, start, sde, steps=steps, noise=noise, **settings)
+            settings |= {"predictor": s.predictor, "corrector": snr_rule(s.snr) if s.snr else None}
+            settings |= {"steps": s.schedule["L"], "noise": noise}
+            x = Reverse.of(s.schedule).draw(score, start, settings)
         elif s.method == "consistent":
             sigmas, settings["epsilon"] = refined(self.sigmas, s.schedule["steps_per_level"]), epsilon
             try:

@@ -70,10 +70,11 @@ def main(params: _params.Params, *, trial: bool = False) -> None:
 
 def of_trial(params: _params.Params) -> _params.Params:
     """The parameters of each trial: levels that need nothing computed, so that linear ones may have as many."""
-    levels = schedules.of_data(dataclasses.replace(params.noise, spacing="geometric"), params.train.space)
+    geometric = dataclasses.replace(params.noise, spacing="geometric", sde="none")
+    levels = schedules.of_data(geometric, params.train.space)
     given = {key: levels[key] for key in ("sigma_1", "L", "epsilon")}
     base = dataclasses.replace(
-        params, model=params.ablation.model, noise=dataclasses.replace(params.noise, **given, epsilon_scale=1.0)
+        params, model=params.ablation.model, noise=dataclasses.replace(geometric, **given, epsilon_scale=1.0)
     )
     return _sweep.shortened(base, params.ablation.steps, params.ablation.n)
 

@@ -92,15 +92,18 @@ def take(params: _params.Params, checkpoint: Path, rescaled: bool, logit_transfo
     """Write out/train from the file; raises StageError as `main` does."""
     shape, levels = prepare.manifest()["shape"], schedule.load()
     space = "centred" if rescaled else "logits" if logit_transform else "pixels"
-    network = train.describe(params.model, shape[0], levels["sigmas"]) | {"rescale": space == "pixels"}
+    network = train.describe(params.model, shape[0], levels) | {"rescale": space == "pixels"}
     try:
-        found = official.load(
-            checkpoint,
-            sigmas=network.get("sigmas"),
-            nonlinearity=params.model.act,
-            rescaled=rescaled,
-            logit_transform=logit_transform,
-        )
+        if params.model.name in _params.SDE_NETWORKS:
+            found = official.load_diffusion(checkpoint, train.build(network))
+        else:
+            found = official.load(
+                checkpoint,
+                sigmas=network.get("sigmas"),
+                nonlinearity=params.model.act,
+                rescaled=rescaled,
+                logit_transform=logit_transform,
+            )
     except (OSError, ValueError) as error:
         here = f"model.name={params.model.name}, and out/schedule has {levels['L']} noise levels"
         raise StageError(f"{checkpoint}: {error} (here {here})") from error

@@ -34,8 +34,9 @@ TITLES = {
     "consistent": "consistent",
     "heun": "flow, Heun",
     "dpmpp": "flow, DPM-Solver++",
+    "dpmpp_sde": "SDE, DPM-Solver++",
 }
-FLOWS = ("heun", "dpmpp")
+FLOWS = ("heun", "dpmpp", "dpmpp_sde")
 
 
 def main(params: _params.Params, *, n: int, steps: list[int], factors: list[float], levels: list[int]) -> None:

@@ -33,6 +33,7 @@ DRAWN_BY = {
     "euler": "Euler steps of the probability flow",
     "heun": "Heun steps of the probability flow",
     "dpmpp": "DPM-Solver++ steps of the probability flow",
+    "dpmpp_sde": "DPM-Solver++ steps of the reverse SDE",
     "predictor_corrector": "a predictor and corrector of the reverse SDE",
 }
 OUT = Path("out/report.html")

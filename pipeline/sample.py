@@ -2,7 +2,8 @@
 
 sample=default             annealed Langevin dynamics (arXiv:1907.05600, arXiv:2006.09011)
 sample=consistent          consistent annealed sampling (arXiv:2009.05475)
-sample=dpmpp, heun, euler  solvers of the probability flow: the same network, far fewer evaluations
+sample=dpmpp_sde           the reverse SDE by DPM-Solver++ (arXiv:2211.01095): the same network, far fewer evaluations
+sample=dpmpp, heun, euler  the probability flow, which has no noise but that of the start
 sample=pc                  predictor and corrector of the reverse SDE (arXiv:2011.13456)
 
 Reads out/train, out/select, out/schedule and the section `sample`; writes out/samples: `ema/` the samples, `untrained/`

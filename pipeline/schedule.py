@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ncsn import images, noise
+from ncsn.sde import SDE, SDES
 from pipeline import _params, _stage, _track, prepare
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, write_json
 
 OUT = Path("out/schedule")
+UNITS = {"pixels": 0.5, "centred": 1.0}  # of vp and subvp, whose images are in [-1, 1], in those of a space
 
 
 def main(params: _params.Params) -> None:
@@ -54,8 +56,13 @@ def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict
     """The schedule for images x, shape (N, C, H, W), float in [0, 1] or uint8: what is given is kept, what is null is
     computed. Technique 1 alone reads the images; the levels are in units of the space, a key of `images.SPACES`."""
     dim, T = x[0].numel(), given.steps_per_level
+    sde: dict[str, Any] | None = None
     how = dict.fromkeys(("sigma_1", "L", "epsilon"), "given")
     sigma_1, L, epsilon = given.sigma_1, given.L, given.epsilon
+    if given.sde in ("vp", "subvp"):
+        sde = {"name": given.sde, "beta_min": given.beta_min, "beta_max": given.beta_max, "unit": UNITS[space]}
+        sigma_1 = float(noise_levels(sde, torch.ones(1, dtype=torch.float64)))
+        how["sigma_1"] = f"{given.sde}: the level at time 1"
     if sigma_1 is None:
         sigma_1 = noise.suggest_sigma_1(x, images.SPACES[space][0])
         how["sigma_1"] = "Technique 1: the largest distance between two training images"
@@ -71,8 +78,15 @@ def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict
     if L is None:
         L = noise.suggest_levels(sigma_1, given.sigma_L, dim, given.overlap)
         how["L"] = f"Technique 2: neighbouring levels overlap by {given.overlap:g}"
-    ladder = noise.geometric_sigmas if given.spacing == "geometric" else noise.linear_sigmas
-    sigmas = ladder(sigma_1, given.sigma_L, L)
+    if given.sde == "ve":
+        sde = {"name": "ve", "sigma_min": given.sigma_L, "sigma_max": sigma_1, "unit": 1.0}
+    if sde is not None:
+        sde["t_min"] = float(process(sde).time(torch.tensor(given.sigma_L / sde["unit"], dtype=torch.float64)))
+    if sde is None or sde["name"] == "ve":
+        ladder = noise.geometric_sigmas if given.spacing == "geometric" else noise.linear_sigmas
+        sigmas = ladder(sigma_1, given.sigma_L, L)
+    else:
+        sigmas = noise_levels(sde, torch.linspace(1, sde["t_min"], L, dtype=torch.float64))
     if epsilon is None:
         epsilon = noise.suggest_epsilon(sigmas, T)
         how["epsilon"] = f"Technique 4 for T = {T} steps a level"
@@ -81,11 +95,12 @@ def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict
             epsilon = min(given.epsilon_scale * epsilon, max(epsilon, given.sigma_L**2))
             how["epsilon"] = f"{given.epsilon_scale:g} times {how['epsilon']}, at most sigma_L^2"
     return {
-        "spacing": given.spacing,
+        "sde": sde,
+        "spacing": given.spacing if sde is None else sde["name"],
         "sigma_1": sigma_1,
         "sigma_L": given.sigma_L,
         "L": L,
-        "gamma": float(sigmas[0] / sigmas[1]) if given.spacing == "geometric" else None,
+        "gamma": float(sigmas[0] / sigmas[1]) if given.spacing == "geometric" and sde is None else None,
         "steps_per_level": T,
         "epsilon": epsilon,
         "dim": dim,
@@ -93,6 +108,26 @@ def choose(given: _params.Noise, x: torch.Tensor, space: str = "pixels") -> dict
         "sigmas": sigmas.tolist(),
         "step_sizes": noise.langevin_step_sizes(sigmas, epsilon).tolist(),
     }
+
+
+def process(sde: dict[str, Any]) -> SDE:
+    """The SDE that a schedule describes, in its own units: `unit` times those are those of the levels."""
+    arguments = {key: value for key, value in sde.items() if key not in ("name", "unit", "t_min")}
+    return SDES[sde["name"]](**arguments)
+
+
+def noise_levels(sde: dict[str, Any], t: torch.Tensor) -> torch.Tensor:
+    """The noise levels of an SDE at these times, in the units of the schedule."""
+    return sde["unit"] * process(sde).noise_level(t)
+
+
+def at(schedule: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
+    """The noise levels at positions from 0, the largest, to 1, in continuous time; of a ladder that of the step."""
+    sde = schedule["sde"]
+    if sde is None:
+        sigmas = torch.tensor(schedule["sigmas"], dtype=torch.float64, device=position.device)
+        return sigmas[(position * len(sigmas)).long()]
+    return noise_levels(sde, 1 - position * (1 - sde["t_min"]))
 
 
 def plot(schedule: dict[str, Any], path: Path) -> None:

@@ -52,7 +52,8 @@ def main(params: _params.Params, *, trial: bool = False) -> None:
     variants = {
         name: {
             **({} if levels else {f"noise.{key}": value for key, value in OF_2019.items()}),
-            **{"model.name": "ncsnv2" if network else "ncsn", "model.multipliers": None},
+            **{"model.name": "ncsnv2" if network else "ncsn", "model.multipliers": None, "noise.sde": "none"},
+            **{f"model.{key}": None for key in _params.OF_SDES},
         }
         for name, (levels, network) in NETWORKS.items()
     }

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from ncsn import images, random, samplers
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
-from ncsn.networks import NCSN, NETWORKS, ScoreNetwork
-from ncsn.training import Objective, TrainState, accumulate_gradients, data_order, train_draws, update
+from ncsn.networks import NCSN, NETWORKS, DDPMpp, ScoreNetwork
+from ncsn.training import Objective, TrainState, accumulate_gradients, data_order, train_positions, update
 from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log
@@ -78,7 +78,7 @@ class Job:
     @property
     def network(self) -> dict[str, Any]:
         """What model.json says of the network."""
-        return describe(self.params.model, self.shape[0], self.schedule["sigmas"], self.params.train.space)
+        return describe(self.params.model, self.shape[0], self.schedule, self.params.train.space)
 
 
 class DivergedError(FloatingPointError):
@@ -99,12 +99,14 @@ class DivergedError(FloatingPointError):
 def main(params: _params.Params, *, until: int | None = None) -> Store:
     """Train to the end and publish, or `until` a step, at which a checkpoint is saved; the folder of checkpoints."""
     manifest, levels = prepare.manifest(), schedule.load()
-    check(describe(params.model, manifest["shape"][0], levels["sigmas"]), manifest["shape"])
+    check(describe(params.model, manifest["shape"][0], levels), manifest["shape"])
     identity = {
         "params": _params.result(params, "loss", "model", "train"),
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
-        "levels": {key: levels[key] for key in ("sigmas", "epsilon", "steps_per_level")},  # the last two: previews
+        "levels": {
+            key: levels[key] for key in ("sigmas", "sde", "epsilon", "steps_per_level")
+        },  # the last two: previews
         "code": code_digest(
             "ncsn/images.py",
             "ncsn/losses.py",
@@ -202,15 +204,20 @@ class Ear:
         self.bar.update(step - self.bar.n)
 
 
-def describe(model: _params.Model, channels: int, sigmas: list[float], space: str = "pixels") -> dict[str, Any]:
-    """The name and all arguments of a network for images with so many channels, for these noise levels and this space
-    of `images.SPACES`; of pixels alone it makes 2 x - 1 itself."""
+def describe(model: _params.Model, channels: int, levels: Mapping[str, Any], space: str = "pixels") -> dict[str, Any]:
+    """The name and all arguments of a network for images with so many channels, for this schedule and this space of
+    `images.SPACES`; of pixels alone it makes 2 x - 1 itself."""
     network: dict[str, Any] = {"name": model.name, "channels": channels, "width": model.width, "act": model.act}
     network["rescale"] = space == "pixels"
     if model.multipliers is not None:
         network["multipliers"] = list(model.multipliers)
+    if model.name in _params.SDE_NETWORKS:
+        network |= {"blocks": model.blocks, "attention": list(model.attention or ()), "dropout": model.dropout}
+    if issubclass(NETWORKS[model.name], DDPMpp):
+        sde = levels["sde"]
+        network |= {"sde": sde["name"], "beta_min": sde["beta_min"], "beta_max": sde["beta_max"]}
     if issubclass(NETWORKS[model.name], NCSN):
-        network["sigmas"] = sigmas
+        network["sigmas"] = levels["sigmas"]
     return network
 
 
@@ -267,9 +274,11 @@ def fit(job: Job, world: _ray.World) -> None:
     observer = Observer(job, state, curves, world) if world.rank == 0 else None
     stop = False
     while state.step < job.end and not stop:
-        x, level, *draws = batches(state.step)
+        x, level, sigma, *draws = batches(state.step)
         state.learning_rate = learning_rate(p, state.step)
-        loss, stop = gradients(x, level, *draws)
+        if job.params.model.dropout:
+            torch.manual_seed(dropout_seed(p.seed, state.step, world.rank))
+        loss, stop = gradients(x, sigma, *draws)
         norm = update(state, loss, lambda tensors: world.sum(*tensors))
         watch(state.step, level, loss, norm)
         window.index_add_(0, level, torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()], 1).double())
@@ -288,8 +297,9 @@ def fit(job: Job, world: _ray.World) -> None:
 
 
 class Batches:
-    """This worker's shares of the global batches: images (B, C, H, W) in the network's space, levels (B,), noise shaped
-    like the images; for sliced score matching also n directions an image, (B, n, C, H, W).
+    """This worker's shares of the global batches: images (B, C, H, W) in the network's space, numbers of levels and
+    noise levels (B,), noise shaped like the images; for sliced score matching also n directions an image, (B, n, C, H,
+    W). In continuous time a number says between which of the schedule's levels the noise level is.
 
     Everything is a function of the seed and of the samples' global numbers. The bytes lie on the device if they fit;
     where they do not, a thread reads those of the next batch.
@@ -298,7 +308,6 @@ class Batches:
     def __init__(self, job: Job, world: _ray.World) -> None:
         self.job, self.world = job, world
         self.pixels = job.data.open()
-        self.sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=world.device)
         self.to_space, _ = images.SPACES[job.params.train.space]
         self.resident: Tensor | None = None
         self.ahead: tuple[int, Future[Tensor]] | None = None
@@ -322,8 +331,7 @@ class Batches:
         if p.dequantise:
             x = images.dequantise(x, random.uniform(p.seed, random.TRAIN_DEQUANTISE, index, 0, x.shape[1:]))
         x = self.to_space(x)
-        level, z = train_draws(self.sigmas, x.shape[1:], seed=p.seed, index=index, level_power=p.level_power)
-        return x, level, z, *directions(self.job, index)
+        return x, *draws(self.job, index, p.level_power), *directions(self.job, index)
 
     def rows(self, step: int) -> Tensor:
         """The bytes of the images of this worker's share, on the device."""
@@ -352,6 +360,20 @@ def share(step: int, batch_size: int, world: _ray.World) -> tuple[int, int]:
     return first, last
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of what is dropped in a step on a worker: so a resumed run drops the same, another number of workers does not."""
+    word, *_ = random.words(seed, random.TRAIN_DROPOUT, torch.tensor([rank]), step, 1)
+    return int(word)
+
+
+def draws(job: Job, index: Tensor, level_power: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of levels and noise levels, shape (B,), and noise of the samples with these numbers."""
+    seed = job.params.train.seed
+    position = train_positions(seed=seed, index=index, power=level_power)
+    level, sigma = (position * job.schedule["L"]).long(), schedule.at(job.schedule, position).float()
+    return level, sigma, random.normal(seed, random.TRAIN_NOISE, index, 0, job.shape)
+
+
 def directions(job: Job, index: Tensor) -> tuple[Tensor, ...]:
     """What sliced score matching projects on, for the samples with these numbers; nothing for the other objective."""
     if job.params.loss.name == "dsm":
@@ -365,15 +387,14 @@ class Gradients:
 
     def __init__(self, job: Job, state: TrainState, world: _ray.World) -> None:
         self.state, self.world, self.p = state, world, job.params.train
-        self.objective = objective(job.params.loss)
-        self.sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=world.device).float()
+        self.objective, self.dropout = objective(job.params.loss), bool(job.params.model.dropout)
         self.forward = torch.compile(state.model, dynamic=False) if job.params.runtime.compile else None
         self.most = self.p.micro_batch or -(-self.p.batch_size // world.size)
 
-    def __call__(self, x: Tensor, level: Tensor, *draws: Tensor) -> tuple[Tensor, bool]:
+    def __call__(self, x: Tensor, sigma: Tensor, *draws: Tensor) -> tuple[Tensor, bool]:
         """Loss of each example, and whether training is to stop after this step, which all workers know together."""
         while True:
-            loss = self._try(x, self.sigmas[level], *draws)
+            loss = self._try(x, sigma, *draws)
             full, stop = self.world.any(loss is None, self.world.asked_to_stop())
             if loss is not None and not full:
                 return loss, stop
@@ -395,7 +416,8 @@ class Gradients:
                     forward=self.forward,
                     total=self.p.batch_size,
                     micro_batch=self.most,
-                    threads=min(self.world.threads, self.most, len(x)),
+                    # dropout's numbers come from one generator, in the order of the calls
+                    threads=1 if self.dropout else min(self.world.threads, self.most, len(x)),
                 )
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -577,14 +599,13 @@ def held_out_loss(job: Job, state: TrainState) -> float:
     """Mean loss of the averaged weights on `HELD_OUT` test images, all levels alike, always the same draws."""
     p = job.params
     device = next(state.model.parameters()).device
-    sigmas = torch.tensor(job.schedule["sigmas"], dtype=torch.float64, device=device)
     to_space, _ = images.SPACES[p.train.space]
     total, most = 0.0, min(HELD_OUT_BATCH, p.train.micro_batch or p.train.batch_size)
     for index in torch.arange(len(job.held_out), device=device).split(most):
         x = to_space(images.to_float(torch.from_numpy(job.held_out[index.cpu().numpy()]).to(device)))
-        level, z = train_draws(sigmas, x.shape[1:], seed=p.train.seed, index=index)
+        _, sigma, z = draws(job, index)
         with torch.no_grad(), autocast(p.train.precision, device):
-            loss = objective(p.loss)(state.ema.model, x, sigmas[level].float(), z, *directions(job, index))
+            loss = objective(p.loss)(state.ema.model, x, sigma, z, *directions(job, index))
         total += float(loss.double().sum())
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss on test images is not finite at step {state.step}")

@@ -69,6 +69,11 @@ def main(params: _params.Params, *, trial: bool = False) -> None:
     if trial:
         attempt(params, extractor)
         return
+    if params.noise.sde in ("vp", "subvp") and params.tune.sigma_1:
+        raise _params.ParamsError(
+            f"tune.sigma_1={list(params.tune.sigma_1)}: expected [] with noise.sde={params.noise.sde}, where sigma_1 "
+            "follows from noise.beta_min and noise.beta_max"
+        )
     kinds = {"sigma_1": float, "sigma_L": float, "L": int}  # whole numbers are searched as such
     axes = {f"noise.{key}": tuple(map(kinds[key], values)) for key in AXES if (values := getattr(params.tune, key))}
     count = networks(params.tune, axes)
@@ -152,7 +157,7 @@ def rung(params: _params.Params, extractor: _extractors.Extractor, step: int) ->
         return float(read_json(known))
     folder = train.main(params, until=step)
     levels, shape = schedule.load(), prepare.manifest()["shape"]
-    network = train.describe(params.model, shape[0], levels["sigmas"], params.train.space)
+    network = train.describe(params.model, shape[0], levels, params.train.space)
     model = {"network": network, "space": params.train.space}
     weights = Path(f"{step}.safetensors")
     save_file(train.below(_checkpoints.read(folder, step), "ema."), weights)
@@ -275,13 +280,18 @@ def tuned(best: dict[str, Any], params: _params.Params) -> str:
     way, setting = best["best"], best["setting"]
     told = f"trial {best['trial']}, FID {best['fid']:.4g} of {params.tune.n} images after {params.tune.steps} steps"
     text = f"# @package _global_\n# Written by `python -m pipeline.tune`: {told}.\n"
-    noise = {key: setting[key] for key in ("spacing", *AXES)} | {
-        "overlap": params.noise.overlap,
+    given = params.noise
+    noise = {
+        **{"sde": given.sde, "beta_min": given.beta_min, "beta_max": given.beta_max},
+        **{key: setting[key] for key in ("spacing", *AXES)},
+        "overlap": given.overlap,
         "steps_per_level": way["T"],
         "epsilon": way["epsilon"],
         "epsilon_scale": 1.0,
     }
-    drawn = {"method": way["method"], "snr": way["snr"], "denoise": way["denoise"]}
+    if given.sde in ("vp", "subvp"):
+        noise["sigma_1"] = None
+    drawn = {"method": way["method"], "steps": None, "snr": way["snr"], "denoise": way["denoise"]}
     return text + _params.to_yaml({"noise": noise, "sample": drawn})
 
 

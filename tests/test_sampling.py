@@ -27,7 +27,7 @@ def trained(clone):
         patch.chdir(clone)
         params, levels = _params.parse(compose(SETTINGS)), schedule.load() | {"steps_per_level": 40}
         write_json(schedule.OUT / "schedule.json", levels)
-        network = train.describe(params.model, prepare.manifest()["shape"][0], levels["sigmas"])
+        network = train.describe(params.model, prepare.manifest()["shape"][0], levels)
         one, other = (train.initial_network(network, seed).state_dict() for seed in (0, 1))
         with replacing_folder(train.OUT) as out:
             train.write_model(out, one, other, {"network": network, "space": "pixels", "step": 9})

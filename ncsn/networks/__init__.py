@@ -10,8 +10,11 @@ from ncsn.networks.resscore import ResScore
 from ncsn.networks.unet import UNet
 
 NETWORKS: dict[str, type[ScoreNetwork]] = {
+    "ddpm": DDPM,
+    "ddpmpp": DDPMpp,
     "ncsn": NCSN,
     "ncsn_deeper": NCSNDeeper,
+    "ncsnpp": NCSNpp,
     "ncsnv2": NCSNv2,
     "ncsnv2_deeper": NCSNv2Deeper,
     "ncsnv2_deepest": NCSNv2Deepest,

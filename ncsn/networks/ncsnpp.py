@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncsn.networks.base import ACTIVATIONS, ScoreNetwork, divided
-from ncsn.sde import SDE, VE, VP
+from ncsn.sde import SDE, VP, SubVP
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 
@@ -380,11 +380,9 @@ class _NoisePredictor(ScoreNetwork):
     """
 
     def __init__(
-        self, unet: DiffusionUNet, *, sde: SDE, steps: int | None, channels: int, width: int, act: str, rescale: bool
+        self, unet: DiffusionUNet, sde: SDE, *, steps: int | None, channels: int, width: int, act: str, rescale: bool
     ) -> None:
         super().__init__(channels=channels, width=width, act=act, rescale=rescale)
-        if isinstance(sde, VE):
-            raise ValueError(f"expected VP or sub-VP for a network that predicts noise, got {sde}: NCSNpp is for VE")
         self.unet, self.sde = unet, sde
         self.levels = None if steps is None else sde.levels(steps).flip(0).log()
 
@@ -409,7 +407,9 @@ class DDPMpp(_NoisePredictor):
         blocks: At each size; 4, in the deep network 8.
         attention: At which sizes, 0 the full one; (1,), 16x16 of 32x32.
         dropout: In each block; 0.1 as published.
-        sde: VP or sub-VP; the label is 999 t.
+        sde: "vp" or "subvp"; the label is 999 t.
+        beta_min: Of the SDE.
+        beta_max: Of the SDE.
         steps: N of a discrete chain, whose step is the label then; None: continuous time.
         act: "swish" as published, or "elu", "relu", "lrelu".
         rescale: Map pixels from [0, 1] to [-1, 1] first; False if the data are so already.
@@ -429,7 +429,9 @@ class DDPMpp(_NoisePredictor):
         blocks: int = 4,
         attention: Sequence[int] = (1,),
         dropout: float = 0.1,
-        sde: SDE | None = None,
+        sde: str = "vp",
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
         steps: int | None = None,
         act: str = "swish",
         rescale: bool = True,
@@ -448,8 +450,10 @@ class DDPMpp(_NoisePredictor):
             residual_input=False,
             rescale_skips=self.rescale_skips,
         )
-        shared = {"channels": channels, "width": width, "act": act, "rescale": rescale}
-        super().__init__(unet, sde=VP() if sde is None else sde, steps=steps, **shared)  # type: ignore[arg-type]
+        if sde not in ("vp", "subvp"):
+            raise ValueError(f"expected sde='vp' or 'subvp' for a network that predicts noise, got {sde!r}")
+        process = VP(beta_min, beta_max) if sde == "vp" else SubVP(beta_min, beta_max)
+        super().__init__(unet, process, steps=steps, channels=channels, width=width, act=act, rescale=rescale)
         self.multiple = 2 ** (len(multipliers) - 1)
 
 

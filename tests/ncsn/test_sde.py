@@ -227,7 +227,24 @@ def test_order_of_the_solvers(solver, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_a_solver_with_noise_keeps_the_variance():
+    """In 200 levels mean and deviation of Gaussian data come out within four standard errors; the last step takes the
+    noise of sigma_L away."""
+    score, n = gaussian(0.4, 0.3), 20_000
+    rng = torch.Generator().manual_seed(3)
+    x = 0.4 + math.hypot(5.0, 0.3) * torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=rng)
+    got = samplers.probability_flow(
+        score,
+        x,
+        noise.edm_sigmas(5.0, 0.02, 201),
+        solver="dpmpp_sde",
+        noise=lambda x, step: torch.randn(x.shape, dtype=x.dtype, generator=rng),
+    )
+    assert abs(float(got.mean()) - 0.4) < 4 * 0.3 / math.sqrt(n)
+    assert abs(float(got.std()) - 0.3**2 / math.hypot(0.3, 0.02)) < 4 * 0.3 / math.sqrt(2 * n)
+
+
+@pytest.mark.parametrize("solver", samplers.DETERMINISTIC)
 def test_solvers_agree_with_small_steps_on_a_mixture(solver):
     """The reference is the adaptive solver at a tolerance of 1e-10; points end in the components of the mixture."""
     weights, means = torch.tensor([0.3, 0.7]).double(), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]).double()

@@ -41,7 +41,7 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     prepare.main(params)
     schedule.main(params)
     features.main(params)
-    network = train.describe(params.model, 1, schedule.load()["sigmas"])
+    network = train.describe(params.model, 1, schedule.load())
     initial = train.initial_network(network, 0).state_dict()
     with replacing_folder(train.OUT) as out:
         train.write_model(out, initial, initial, {"network": network, "space": "pixels", "step": 3})
@@ -55,7 +55,7 @@ def test_settings_are_drawn_judged_and_pictured(compose_params, monkeypatch, cap
     methods = [(each["method"], each["denoise"], each["nfe"]) for each in rows]
     assert methods.count(("consistent", True, 8)) == 2
     assert ("annealed_langevin", False, 16) in methods
-    assert {("heun", True, 9), ("dpmpp", True, 5)} < set(methods)
+    assert {("heun", True, 9), ("dpmpp", True, 5), ("dpmpp_sde", True, 5)} < set(methods)
     assert sum(each["snr"] is not None for each in rows) == 2
     wild = [each for each in rows if each["reason"]]
     assert {each["reason"].partition(" with ")[2].partition("=")[0] for each in wild} == {"noise.epsilon", "sample.snr"}

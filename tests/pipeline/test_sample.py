@@ -226,6 +226,7 @@ def test_chains_start_uniform_or_at_the_noise_level_that_their_sampler_needs(sam
         ({"method": "euler"}, 4, 4, 3),
         ({"method": "heun", "steps": 7}, 7, 13, 6),
         ({"method": "dpmpp", "steps": 7}, 7, 7, 6),
+        ({"method": "dpmpp_sde", "steps": 7}, 7, 7, 6),
         ({"method": "predictor_corrector", "steps": 6, "snr": None}, 6, 6, 6),
         ({"method": "predictor_corrector", "steps": 6, "snr": 0.16}, 6, 12, 6),
     ],
@@ -274,7 +275,7 @@ def test_a_network_with_levels_of_its_own_is_solved_at_these_alone(compose_param
     prepare.OUT.mkdir(parents=True)
     write_json(schedule.OUT / "schedule.json", levels)
     write_json(prepare.OUT / "manifest.json", {"shape": [1, 8, 8]})
-    model = {"network": train.describe(params.model, 1, levels["sigmas"]), "space": "pixels"}
+    model = {"network": train.describe(params.model, 1, levels), "space": "pixels"}
     told = r"sample.steps=18 has 18 levels .* knows none but its own 4 .* set sample.steps=null"
     with pytest.raises(StageError, match=told):
         of_model(params, model, "ema", "", 1, 0)

@@ -24,7 +24,7 @@ def trained(tmp_path_factory, compose_params, one_cluster):
         prepare.main(params)
         schedule.main(params)
         features.main(params)
-        network = train.describe(params.model, 1, schedule.load()["sigmas"])
+        network = train.describe(params.model, 1, schedule.load())
         good = train.initial_network(network, 0).state_dict()
         wild = {key: value * 3 if value.ndim == 4 else value for key, value in good.items()}
         place = store(params.runtime.storage) / "train-0123456789ab"

@@ -426,7 +426,7 @@ def test_a_size_that_the_network_cannot_take_is_named_before_anything_starts(com
     assert "\n" not in str(caught.value)
     assert not (workdir / "runs").exists()
     with pytest.raises(StageError, match=r"model.name=ncsn: expected sigmas that differ by more than"):
-        train.check(train.describe(compose_params("model=ncsn").model, 3, [1.0, 0.9999]), [3, 20, 20])
+        train.check(train.describe(compose_params("model=ncsn").model, 3, {"sigmas": [1.0, 0.9999]}), [3, 20, 20])
 
 
 def _batch(job, step, world):
