@@ -66,7 +66,7 @@ def _parameters(problem: Problem, precision: str, workers: int, steps: int, fold
     return dataclasses.replace(
         params,
         data=dataclasses.replace(params.data, flip=True),
-        model=_params.Model(problem.model, problem.width, "elu", None),
+        model=_params.Model(problem.model, problem.width, "elu", None, None, None, None),
         train=dataclasses.replace(
             params.train,
             steps=last,

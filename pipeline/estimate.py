@@ -230,8 +230,8 @@ def time_training(params: _params.Params) -> Training:
         )
 
         def step() -> None:
-            x, level, *draws = batches(state.step)
-            loss, _ = gradients(x, level, *draws)
+            x, level, sigma, *draws = batches(state.step)
+            loss, _ = gradients(x, sigma, *draws)
             norm = update(state, loss)
             watch(state.step, level, loss, norm)
 

@@ -123,7 +123,7 @@ def noise_levels(sde: dict[str, Any], t: torch.Tensor) -> torch.Tensor:
 
 def at(schedule: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
     """The noise levels at positions from 0, the largest, to 1, in continuous time; of a ladder that of the step."""
-    sde = schedule["sde"]
+    sde = schedule.get("sde")
     if sde is None:
         sigmas = torch.tensor(schedule["sigmas"], dtype=torch.float64, device=position.device)
         return sigmas[(position * len(sigmas)).long()]

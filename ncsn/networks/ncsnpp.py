@@ -5,9 +5,9 @@ by numbers: so its weights and their average, a list without names, load by posi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ class Fourier(nn.Module):
     def __init__(self, width: int, scale: float = 16.0) -> None:
         super().__init__()
         self.W = nn.Parameter(scale * torch.randn(width), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the frequencies with the weights but keep them in float32: rounded off, they would turn the phases."""
+        frequencies = self.W.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not frequencies.is_meta:
+            self.W.data = frequencies.to(self.W.device)
+        return self
 
     def forward(self, sigma: Tensor) -> Tensor:
         angle = 2 * math.pi * sigma.float().log()[:, None] * self.W
@@ -373,32 +381,11 @@ class NCSNpp(ScoreNetwork):
         return divided(self.unet(h, label), sigma)
 
 
-class _NoisePredictor(ScoreNetwork):
-    """s(x, sigma) = -n(alpha x, label) / sigma with a U-Net n that predicts noise under VP or sub-VP.
-
-    The units of the SDE are those of images in [-1, 1]: with `rescale` its noise level is twice sigma.
-    """
-
-    def __init__(
-        self, unet: DiffusionUNet, sde: SDE, *, steps: int | None, channels: int, width: int, act: str, rescale: bool
-    ) -> None:
-        super().__init__(channels=channels, width=width, act=act, rescale=rescale)
-        self.unet, self.sde = unet, sde
-        self.levels = None if steps is None else sde.levels(steps).flip(0).log()
-
-    def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.double() * (2 if self.rescale else 1)
-        t = self.sde.time(level)
-        alpha = self.sde.scales(t)[0].to(h.dtype)[:, None, None, None]
-        if self.levels is None:
-            label = 999 * t
-        else:
-            label = (level.log()[:, None] - self.levels.to(level.device)).abs().argmin(1)
-        return divided(-self.unet(alpha * h, label), sigma)
-
-
-class DDPMpp(_NoisePredictor):
+class DDPMpp(ScoreNetwork):
     """DDPM++: NCSN++ without filters and residual input, told the time, for VP and sub-VP (appendix H.2).
+
+    s(x, sigma) = -n(alpha x, label) / sigma with a U-Net n that predicts noise. The units of the SDE are those of
+    images in [-1, 1]: with `rescale` its noise level is twice sigma.
 
     Args:
         channels: Of the image, C.
@@ -436,7 +423,13 @@ class DDPMpp(_NoisePredictor):
         act: str = "swish",
         rescale: bool = True,
     ) -> None:
-        unet = DiffusionUNet(
+        super().__init__(channels=channels, width=width, act=act, rescale=rescale)
+        if sde not in ("vp", "subvp"):
+            raise ValueError(f"expected sde='vp' or 'subvp' for a network that predicts noise, got {sde!r}")
+        self.multiple = 2 ** (len(multipliers) - 1)
+        self.sde: SDE = VP(beta_min, beta_max) if sde == "vp" else SubVP(beta_min, beta_max)
+        self.levels = None if steps is None else self.sde.levels(steps).flip(0).log()
+        self.unet = DiffusionUNet(
             Positional(width),
             width,
             channels=channels,
@@ -450,11 +443,16 @@ class DDPMpp(_NoisePredictor):
             residual_input=False,
             rescale_skips=self.rescale_skips,
         )
-        if sde not in ("vp", "subvp"):
-            raise ValueError(f"expected sde='vp' or 'subvp' for a network that predicts noise, got {sde!r}")
-        process = VP(beta_min, beta_max) if sde == "vp" else SubVP(beta_min, beta_max)
-        super().__init__(unet, process, steps=steps, channels=channels, width=width, act=act, rescale=rescale)
-        self.multiple = 2 ** (len(multipliers) - 1)
+
+    def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.double() * (2 if self.rescale else 1)
+        t = self.sde.time(level)
+        alpha = self.sde.scales(t)[0].to(h.dtype)[:, None, None, None]
+        if self.levels is None:
+            label = 999 * t
+        else:
+            label = (level.log()[:, None] - self.levels.to(level.device)).abs().argmin(1)
+        return divided(-self.unet(alpha * h, label), sigma)
 
 
 class DDPM(DDPMpp):

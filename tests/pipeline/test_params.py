@@ -20,7 +20,12 @@ def test_the_committed_file_is_the_composition():
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(option):
     params = _params.parse(compose([f"experiment={option}"]))
-    if option != "tiny":  # published settings
+    if option.startswith(("ve_", "vp_", "subvp_")):
+        assert (params.data.name, params.noise.sde) == ("cifar10", option.split("_")[0])
+        assert (params.model.width, params.model.blocks, params.model.dropout) == (128, 4, 0.1)
+        assert (params.train.learning_rate, params.train.batch_size, params.train.warmup) == (2e-4, 128, 5000)
+        assert params.sample.method == "predictor_corrector"
+    elif option != "tiny":  # published settings
         assert params.data.name.removeprefix("lsun_") == option.split("_", 1)[1]
         assert params.data.root is None
         assert params.model.act == "elu"
@@ -85,12 +90,17 @@ def test_published_schedules_and_what_technique_4_makes_of_them(option, publishe
     assert given.epsilon == published
 
 
+UNDER = {"ddpm": ["noise=vp"], "ddpmpp": ["noise=subvp"]}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         *([f"data={path.stem}", "data.root=x", "data.resolution=32"] for path in (CONF / "data").glob("*.yaml")),
         ["noise=ncsn"],
-        *([f"model={path.stem}"] for path in (CONF / "model").glob("*.yaml")),
+        *([f"model={path.stem}", *UNDER.get(path.stem, ())] for path in (CONF / "model").glob("*.yaml")),
+        *([f"sample={path.stem}"] for path in (CONF / "sample").glob("*.yaml")),
+        *([f"noise={sde}", "sample=dpmpp_sde"] for sde in ("ve", "vp", "subvp")),
         *([f"loss={path.stem}"] for path in (CONF / "loss").glob("*.yaml")),
     ],
 )
@@ -123,7 +133,10 @@ def test_an_override_reaches_its_key_with_its_type():
         ("data.flip=1", "data.flip=1: expected true or false"),
         ("data.name=cifar", "data.name='cifar': expected one of digits, mnist, fashion_mnist, cifar10, "),
         ("data.crop=140", "data.crop=140: expected null with data=digits"),
-        ("model.name=unet", "model.multipliers=None: expected null but for model.name=unet, which needs them; got"),
+        (
+            "model.name=unet",
+            "model.multipliers=None: expected null but for model.name=unet, ncsnpp, ddpmpp",
+        ),
         ("sample.snr=0", "sample.snr=0.0: expected a number > 0 or null"),
         (
             "sample.steps=9",
@@ -146,7 +159,10 @@ def test_an_override_reaches_its_key_with_its_type():
         ("tune.denoise=[yes,no,1]", "tune.denoise="),
         ("model.multipliers=[1,2]", "model.multipliers=(1, 2): expected null but for model.name=unet"),
         ("model.multipliers=[1,0]", "model.multipliers=(1, 0): expected whole numbers >= 1, as in [1, 2, 2] or null"),
-        ("model=resscore", "Could not find 'model/resscore' Available options in 'model': ncsn ncsn_deeper ncsnv2"),
+        (
+            "model=resscore",
+            "Could not find 'model/resscore' Available options in 'model': ddpm ddpmpp ncsn",
+        ),
         ("loss.projections=0", "loss.projections=0: expected a whole number >= 1"),
         ("loss.name=sm", "loss.name='sm': expected one of dsm, ssm, ssm_vr"),
         ("data.channels=2", "data.channels=2: expected 1 or 3 or null"),

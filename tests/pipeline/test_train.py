@@ -438,9 +438,10 @@ def test_the_draws_of_a_batch_suit_the_objective(job, compose_params, world):
     params = compose_params(
         "experiment=tiny", "data.flip=true", "loss=ssm", "loss.projections=3", "train.dequantise=true"
     )
-    x, level, z, v = _batch(dataclasses.replace(job, params=params), 0, world)
+    x, level, sigma, z, v = _batch(dataclasses.replace(job, params=params), 0, world)
     assert torch.equal(level, plain[1])
-    assert torch.equal(z, plain[2])
+    assert torch.equal(sigma, plain[2])
+    assert torch.equal(z, plain[3])
     assert v.shape == (16, 3, 1, 8, 8)
     assert set(v.unique().tolist()) == {-1, 1}
     u = 256 * x - 255 * plain[0]  # what dequantisation adds within a grey level
@@ -463,11 +464,11 @@ def test_workers_see_together_what_one_sees(job, world, size):
 def test_a_network_may_be_trained_in_another_space(job, world, space):
     job = _with(job, space=space)
     assert job.network["rescale"] is False
-    x, _, _ = _batch(job, 0, world)
+    x, *_ = _batch(job, 0, world)
     low, high = {"centred": (-1, 1), "logits": (-14, 14)}[space]
     assert low <= x.min() < low / 2
     assert high >= x.max() > high / 2
-    pixels, _, _ = _batch(_with(job, space="pixels"), 0, world)
+    pixels, *_ = _batch(_with(job, space="pixels"), 0, world)
     torch.testing.assert_close(images.SPACES[space][1](x), pixels, rtol=0, atol=2e-6)
     train.fit(job, world)
     train.publish(job, "name")
