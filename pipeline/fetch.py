@@ -4,16 +4,17 @@ Without --checkpoint: the published files of the data set that params.yaml names
 digests, and the Inception weights if evaluate.extractor is inception-v3-compat. What is there already is left as it is.
 A download that broke off goes on where it stopped.
 
-With --checkpoint FILE, a checkpoint of the official code of either paper: reads out/data, out/schedule and the sections
-`model` and `train`, which must describe what is in the file; writes out/train: the file's averaged weights (the last
-ones, where it has no average), random ones as a yardstick, and model.json with the file's hash. No code in the file is
-run. Before it, name the file's settings and make the rest:
+With --checkpoint FILE, a checkpoint of the papers' code (ncsn, ncsnv2, score_sde_pytorch): reads out/data,
+out/schedule and the sections `model` and `train`, which must describe what is in the file; writes out/train: the file's
+averaged weights (the last ones, where it has no average), random ones as a yardstick, and model.json with the file's
+hash. No code in the file is run. Before it, name the file's settings and make the rest:
 
     python -m pipeline.compose experiment=ncsnv2_cifar10
     dvc repro schedule features
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Callable
 from functools import partial
@@ -95,7 +96,8 @@ def take(params: _params.Params, checkpoint: Path, rescaled: bool, logit_transfo
     network = train.describe(params.model, shape[0], levels) | {"rescale": space == "pixels"}
     try:
         if params.model.name in _params.SDE_NETWORKS:
-            found = official.load_diffusion(checkpoint, train.build(network))
+            # the levels that it holds in any case are not those that a network of continuous time was trained at
+            found = dataclasses.replace(official.load_diffusion(checkpoint, train.build(network)), sigmas=None)
         else:
             found = official.load(
                 checkpoint,

@@ -14,6 +14,7 @@ from pipeline import _extractors, _shards, _sources, fetch, prepare, sample, sch
 from pipeline._sampler import Drawer
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, write_json
+from tests.ncsn.golden import diffusion
 from tests.pipeline.server import serving
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -100,6 +101,34 @@ def test_a_network_of_other_pixels_draws_in_its_own_space(ready, flag, space):
     frames = _shards.animate(_drawer(params), 3)
     assert _close(frames[-1].int(), _drawn(params))
     assert (frames[-2].int() - frames[-1].int()).abs().float().mean() < 20  # in pixels, too
+
+
+@pytest.mark.parametrize(
+    ("name", "sde", "model"), [("ve_cont_ncsnpp", "ve", "ncsnpp"), ("vp_cont_ddpmpp", "vp", "ddpmpp")]
+)
+def test_a_checkpoint_of_score_sde_pytorch_is_drawn_from(ready, tmp_path, name, sde, model):
+    """By DPM-Solver++, with the averaged weights: what the official network's weights give."""
+    stored, _ = diffusion(name)
+    params = ready(
+        *("data=patches", "data.resolution=16", f"noise={sde}", "noise.L=10", f"model={model}", "sample=dpmpp"),
+        *("sample.n=3", "sample.steps=5", "noise.sigma_1=50" if sde == "ve" else "noise.beta_max=20"),
+    )
+    weights = stored["state_dict"]
+    kept = [value for key, value in weights.items() if key not in ("sigmas", "all_modules.0.W")]
+    if sde == "vp":  # whose first module is trained
+        kept = [value for key, value in weights.items() if key != "sigmas"]
+    path = tmp_path / "checkpoint_2.pth"
+    ema = {"decay": 0.999, "num_updates": 100_000, "shadow_params": kept}
+    torch.save({"optimizer": {}, "model": weights, "ema": ema, "step": 100_000}, path)
+    fetch.main(params, path)
+    told = read_json(train.OUT / "model.json")
+    assert (told["step"], told["network"]["name"], told["space"]) == (100_000, model, "pixels")
+    network = official.load_diffusion(path, train.build(told["network"])).ema_network
+    drawer, index = _drawer(params), torch.arange(3)
+    sigmas = torch.tensor(drawer.sampler.schedule["sigmas"], dtype=torch.float64)
+    start = drawer.start(index, random.seeded_noise(0, index))
+    expected = samplers.probability_flow(network, start, sigmas, solver="dpmpp")
+    assert _close(drawer.draw(index).int(), images.to_uint8(expected).int())
 
 
 def test_sampling_refuses_an_ncsn_on_another_ladder(ready):
