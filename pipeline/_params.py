@@ -185,7 +185,8 @@ class Select:
 class Sample:
     """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured.
 
-    `steps` are the levels of an ODE solver (null: those of `noise`) or the steps of predictor_corrector. `snr` holds
+    `steps` are the levels of a solver (null: those of `noise`), from `sigma_1` on (null: the largest level of `noise`),
+    or the steps of predictor_corrector. `snr` holds
     the signal-to-noise ratio of each step of annealed_langevin, in place of noise.epsilon, or of a corrector; null:
     there is none.
     """
@@ -197,6 +198,7 @@ class Sample:
         *("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "predictor_corrector")
     )
     steps: int | None = _whole(2)
+    sigma_1: float | None = _positive()
     predictor: str = _one_of("euler_maruyama", "reverse_diffusion", "ancestral")
     snr: float | None = _positive()
     denoise: bool = _rule("true or false")
@@ -395,6 +397,11 @@ def _check_sample(sample: Sample) -> None:
         raise ParamsError(
             f"sample.steps={sample.steps}: expected null with sample.method={sample.method}, whose steps follow from "
             "noise.L and noise.steps_per_level"
+        )
+    if sample.sigma_1 is not None and (sample.steps is None or sample.method == "predictor_corrector"):
+        raise ParamsError(
+            f"sample.sigma_1={sample.sigma_1:g}: expected null with sample.method={sample.method} and "
+            f"sample.steps={sample.steps}: solvers with levels of their own alone may start elsewhere"
         )
     if sample.steps is None and sample.method == "predictor_corrector":
         raise ParamsError("sample.steps=None: expected a whole number >= 2 with sample.method=predictor_corrector")

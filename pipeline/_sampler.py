@@ -128,16 +128,21 @@ def by_langevin(sample: _params.Sample) -> _params.Sample:
     """The section; with annealed Langevin dynamics where its method has no epsilon, which settings could vary."""
     if sample.method in ("annealed_langevin", "consistent"):
         return sample
-    return dataclasses.replace(sample, method="annealed_langevin", steps=None, snr=None)
+    return dataclasses.replace(sample, method="annealed_langevin", steps=None, sigma_1=None, snr=None)
 
 
 def route(
-    levels: Mapping[str, Any], method: str, steps: int | None = None, *, corrector: bool = False
+    levels: Mapping[str, Any],
+    method: str,
+    steps: int | None = None,
+    *,
+    sigma_1: float | None = None,
+    corrector: bool = False,
 ) -> dict[str, Any]:
     """The schedule that a method goes through: `levels`, or between their ends as many levels as `steps` says.
 
-    Of solvers, in the spacing of arXiv:2206.00364, equation 5; of predictor_corrector, those of the SDE at equal times,
-    with two evaluations at each where there is a corrector. They have no epsilon.
+    Of solvers, in the spacing of arXiv:2206.00364, equation 5, from sigma_1 on if it is given; of predictor_corrector,
+    those of the SDE at equal times, with two evaluations at each where there is a corrector. They have no epsilon.
     """
     if steps is None:
         solved = method in samplers.SOLVERS
@@ -147,14 +152,26 @@ def route(
         times = torch.linspace(1, reverse.t_min, steps, dtype=torch.float64)
         spacing, sigmas = levels["spacing"], reverse.unit * reverse.sde.noise_level(times)
     else:
-        spacing, sigmas = "edm", edm_sigmas(levels["sigma_1"], levels["sigma_L"], steps)
-    own = {"spacing": spacing, "L": steps, "sigmas": sigmas.tolist(), "steps_per_level": 1 + corrector, "epsilon": None}
+        spacing, sigmas = "edm", edm_sigmas(sigma_1 or levels["sigma_1"], levels["sigma_L"], steps)
+    own = {
+        "spacing": spacing,
+        "sigma_1": float(sigmas[0]),
+        "L": steps,
+        "sigmas": sigmas.tolist(),
+        "steps_per_level": 1 + corrector,
+        "epsilon": None,
+    }
     return {**levels, **own}
 
 
 def of_section(sample: _params.Sample, levels: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule that the method of the section goes through."""
-    return route(levels, sample.method, sample.steps, corrector=sample.snr is not None)
+    if sample.sigma_1 is not None and not levels["sigma_L"] < sample.sigma_1 <= levels["sigma_1"]:
+        raise _params.ParamsError(
+            f"sample.sigma_1={sample.sigma_1:g}: expected more than sigma_L={levels['sigma_L']:.4g} and at most "
+            f"sigma_1={levels['sigma_1']:.4g}, the levels of training"
+        )
+    return route(levels, sample.method, sample.steps, sigma_1=sample.sigma_1, corrector=sample.snr is not None)
 
 
 def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256: str, step: int, seed: int) -> Sampler:

@@ -103,14 +103,16 @@ def consistent(base: Sampler, steps: list[int], denoise: bool = True) -> list[Sa
 
 
 def flows(base: Sampler, levels: list[int], denoise: bool = True) -> list[Sampler]:
-    """Solvers of the flow with so many levels, or with those of training where the network knows no others."""
-    counts = [None] if "sigmas" in base.network else levels
+    """Solvers with so many levels, or with those of training where the network knows no others; the one with noise also
+    from half the largest level on."""
+    own = [route(base.schedule, method) for method in FLOWS] if "sigmas" in base.network else []
+    routes = [(method, route(base.schedule, method, n)) for n in levels for method in FLOWS]
+    half = base.schedule["sigma_1"] / 2
+    if half > base.schedule["sigma_L"]:
+        routes += [("dpmpp_sde", route(base.schedule, "dpmpp_sde", n, sigma_1=half)) for n in levels]
     return [
-        dataclasses.replace(
-            base, method=method, schedule=route(base.schedule, method, n), denoise=denoise, snr=None, predictor=None
-        )
-        for n in counts
-        for method in FLOWS
+        dataclasses.replace(base, method=method, schedule=schedule, denoise=denoise, snr=None, predictor=None)
+        for method, schedule in (zip(FLOWS, own, strict=True) if own else routes)
     ]
 
 
@@ -122,6 +124,7 @@ def draw(samplers: list[Sampler], weights: Path, n: int, params: _params.Params)
         row = {"method": each.method, "T": each.schedule["steps_per_level"], "epsilon": each.schedule["epsilon"]}
         row |= {
             "levels": each.schedule["L"],
+            "sigma_1": each.schedule["sigma_1"],
             "snr": each.snr,
             "denoise": each.denoise,
             "nfe": each.nfe,
@@ -177,7 +180,9 @@ def advice(rows: list[dict[str, Any]]) -> str:
 def words(each: dict[str, Any]) -> str:
     """A setting for people."""
     step = f"SNR = {each['snr']:.3g}" if each["snr"] else f"epsilon = {each['epsilon'] or 0:.3g}"
-    how = f"{each['levels']} levels" if each["method"] in FLOWS else f"T = {each['T']}, {step}"
+    how = (
+        f"{each['levels']} levels from {each['sigma_1']:.3g}" if each["method"] in FLOWS else f"T = {each['T']}, {step}"
+    )
     return f"{TITLES[each['method']]}, {how}{'' if each['denoise'] else ', not denoised'}"
 
 
@@ -187,8 +192,12 @@ def kind(each: dict[str, Any]) -> str:
 
 
 def size(each: dict[str, Any]) -> str:
-    """Of a step, for people: epsilon, or the signal-to-noise ratio, or the number of levels."""
-    return f"{each['levels']} levels" if each["method"] in FLOWS else f"{each['snr'] or each['epsilon']:.3g}"
+    """Of a step, for people: epsilon, or the signal-to-noise ratio, or the levels."""
+    return (
+        f"{each['levels']} from {each['sigma_1']:.3g}"
+        if each["method"] in FLOWS
+        else f"{each['snr'] or each['epsilon']:.3g}"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -291,7 +291,7 @@ def tuned(best: dict[str, Any], params: _params.Params) -> str:
     }
     if given.sde in ("vp", "subvp"):
         noise["sigma_1"] = None
-    drawn = {"method": way["method"], "steps": None, "snr": way["snr"], "denoise": way["denoise"]}
+    drawn = {"method": way["method"], "steps": None, "sigma_1": None, "snr": way["snr"], "denoise": way["denoise"]}
     return text + _params.to_yaml({"noise": noise, "sample": drawn})
 
 

@@ -146,6 +146,7 @@ def test_an_override_reaches_its_key_with_its_type():
             "sample.method=predictor_corrector",
             "sample.steps=None: expected a whole number >= 2 with sample.method=",
         ),
+        ("sample.sigma_1=2", "sample.sigma_1=2: expected null with sample.method=annealed_langevin and sample.steps"),
         ("tune.search=bayes", "tune.search='bayes': expected one of grid, random, tpe"),
         ("tune.sigma_1=[1,-2]", "tune.sigma_1=(1, -2): expected a list of numbers > 0"),
         ("tune.sigma_1=[0.1,10]", "tune.sigma_1=[0.1, 10]: expected more than the greatest sigma_L, 0.1"),

@@ -227,6 +227,7 @@ def test_chains_start_uniform_or_at_the_noise_level_that_their_sampler_needs(sam
         ({"method": "heun", "steps": 7}, 7, 13, 6),
         ({"method": "dpmpp", "steps": 7}, 7, 7, 6),
         ({"method": "dpmpp_sde", "steps": 7}, 7, 7, 6),
+        ({"method": "dpmpp_sde", "steps": 7, "sigma_1": 0.5}, 7, 7, 6),
         ({"method": "predictor_corrector", "steps": 6, "snr": None}, 6, 6, 6),
         ({"method": "predictor_corrector", "steps": 6, "snr": 0.16}, 6, 12, 6),
     ],
@@ -241,7 +242,7 @@ def test_methods_take_as_many_evaluations_as_they_say(
         sampler, method=section["method"], schedule=own, snr=section.get("snr"), predictor=predictor
     )
     assert (len(own["sigmas"]), other.nfe, other.steps) == (levels, nfe, steps)
-    assert own["sigmas"][0] == pytest.approx(sampler.schedule["sigma_1"])
+    assert own["sigmas"][0] == own["sigma_1"] == pytest.approx(section.get("sigma_1", sampler.schedule["sigma_1"]))
     assert own["sigmas"][-1] == pytest.approx(sampler.schedule["sigma_L"], rel=1e-3)
     assert other.settings["epsilon"] is None
     made = Drawer.of(other, weights, runtime)

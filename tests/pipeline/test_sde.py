@@ -120,6 +120,12 @@ def test_a_network_of_the_family_learns_digits_and_draws(compose_params, tmp_pat
         assert x.isfinite().all()
 
 
+def test_solvers_start_within_the_levels_of_training(compose_params):
+    params = compose_params("noise.L=10", "noise.sigma_1=4", "sample=dpmpp_sde", "sample.sigma_1=5")
+    with pytest.raises(_params.ParamsError, match=r"sample.sigma_1=5: expected more than sigma_L"):
+        of_section(params.sample, levels_of(params))
+
+
 def test_dropout_is_the_same_in_a_resumed_run(compose_params):
     """A function of seed, step and worker."""
     seeds = {train.dropout_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)}
