@@ -3,6 +3,7 @@
 Reads out/data, the section `noise` and train.space; writes out/schedule/schedule.json and schedule.png.
 """
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,14 @@ def at(schedule: dict[str, Any], position: torch.Tensor) -> torch.Tensor:
     """The noise levels at positions from 0, the largest, to 1, in continuous time; of a ladder that of the step."""
     sde = schedule.get("sde")
     if sde is None:
-        sigmas = torch.tensor(schedule["sigmas"], dtype=torch.float64, device=position.device)
-        return sigmas[(position * len(sigmas)).long()]
+        return _ladder(tuple(schedule["sigmas"]), position.device)[(position * schedule["L"]).long()]
     return noise_levels(sde, 1 - position * (1 - sde["t_min"]))
+
+
+@functools.lru_cache(maxsize=2)
+def _ladder(sigmas: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """On the device, once: a copy to it at each step would wait for it."""
+    return torch.tensor(sigmas, dtype=torch.float64, device=device)
 
 
 def plot(schedule: dict[str, Any], path: Path) -> None:

@@ -104,9 +104,8 @@ def main(params: _params.Params, *, until: int | None = None) -> Store:
         "params": _params.result(params, "loss", "model", "train"),
         "flip": params.data.flip,
         "data": manifest["splits"]["train"]["sha256"],
-        "levels": {
-            key: levels[key] for key in ("sigmas", "sde", "epsilon", "steps_per_level")
-        },  # the last two: previews
+        # epsilon and T: of the previews
+        "levels": {key: levels[key] for key in ("sigmas", "sde", "epsilon", "steps_per_level")},
         "code": code_digest(
             "ncsn/images.py",
             "ncsn/losses.py",
