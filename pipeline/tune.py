@@ -282,8 +282,8 @@ def tuned(best: dict[str, Any], params: _params.Params) -> str:
     text = f"# @package _global_\n# Written by `python -m pipeline.tune`: {told}.\n"
     given = params.noise
     noise = {
-        **{"sde": given.sde, "beta_min": given.beta_min, "beta_max": given.beta_max},
-        **{key: setting[key] for key in ("spacing", *AXES)},
+        **{key: getattr(given, key) for key in ("sde", "beta_min", "beta_max", "spacing")},
+        **{key: setting[key] for key in AXES},
         "overlap": given.overlap,
         "steps_per_level": way["T"],
         "epsilon": way["epsilon"],

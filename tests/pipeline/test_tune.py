@@ -134,6 +134,20 @@ def test_the_schedule_as_given_is_compared_where_it_can_be(tmp_path):
     assert tune.verdict([failed, *found[1:]]) == "The schedule as given failed: loss not finite."
 
 
+@pytest.mark.parametrize("sde", ["ve", "vp"])
+def test_the_best_setting_under_an_sde_composes(tmp_path, sde, monkeypatch):
+    """A schedule's spacing is then named after its SDE, which noise.spacing does not know; VP gives no sigma_1."""
+    params = _params.parse(compose([f"noise={sde}", "tune.sigma_1=[]"]))
+    best = tune.row(_trials(tmp_path)[2], tmp_path)
+    best["setting"]["spacing"] = sde
+    config = tmp_path / "conf"
+    shutil.copytree(_ray.ROOT / "conf", config, ignore=shutil.ignore_patterns("__pycache__"))
+    (config / "noise" / "tuned.yaml").write_text(tune.tuned(best, params))
+    monkeypatch.setattr(compose_module, "CONF", config)
+    noise = _params.parse(compose(["noise=tuned"])).noise
+    assert (noise.sde, noise.sigma_1, noise.L) == (sde, 4.0 if sde == "ve" else None, 10)
+
+
 def test_the_best_setting_is_an_option_that_composes(tmp_path, params, monkeypatch):
     best = tune.row(_trials(tmp_path)[2], tmp_path)
     text = tune.tuned(best, params)
