@@ -151,8 +151,7 @@ def snr_rule(r: float) -> StepRule:
     Raises:
         ValueError: If r is not positive.
     """
-    if not 0 < r < math.inf:
-        raise ValueError(f"expected 0 < r < inf, got {r}")
+    _check_ratio(r)
 
     def rule(sigma: float, s: Tensor, z: Tensor) -> Tensor:
         axes = tuple(range(1, s.ndim))
@@ -170,8 +169,7 @@ def batch_snr_rule(r: float) -> StepRule:
     Raises:
         ValueError: If r is not positive.
     """
-    if not 0 < r < math.inf:
-        raise ValueError(f"expected 0 < r < inf, got {r}")
+    _check_ratio(r)
 
     def rule(sigma: float, s: Tensor, z: Tensor) -> Tensor:
         norm, noise = (value.flatten(1).norm(dim=1).mean() for value in (s, z))
@@ -186,9 +184,8 @@ def annealed_rule(r: float) -> StepRule:
     Raises:
         ValueError: If r is not positive.
     """
-    if not 0 < r < math.inf:
-        raise ValueError(f"expected 0 < r < inf, got {r}")
-    return lambda sigma, s, z: 2 * (r * sigma) ** 2
+    _check_ratio(r)
+    return epsilon_rule(2 * r**2, 1.0)
 
 
 def suggest_sigma_1(images: Tensor, to_space: Callable[[Tensor], Tensor] = torch.positive) -> float:
@@ -326,6 +323,11 @@ def suggest_epsilon(sigmas: Tensor, steps_per_level: int) -> float:
 def _check_epsilon(epsilon: float) -> None:
     if not 0 < epsilon < math.inf:
         raise ValueError(f"expected epsilon > 0, got {epsilon}")
+
+
+def _check_ratio(r: float) -> None:
+    if not 0 < r < math.inf:
+        raise ValueError(f"expected 0 < r < inf, got {r}")
 
 
 def _check_ladder(sigma_1: float, sigma_L: float, L: int) -> None:

@@ -57,9 +57,6 @@ def rk45(
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"expected rtol > 0 and atol > 0, got rtol={rtol}, atol={atol}")
 
-    def like(values: Tensor) -> Tensor:
-        return values.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
-
     def size(values: Tensor) -> Tensor:
         return values.double().square().flatten(1).mean(1).sqrt()
 
@@ -74,16 +71,16 @@ def rk45(
         slopes = [first]
         for row, c in zip(_A, _C, strict=True):
             moved = sum((a * k for a, k in zip(row, slopes, strict=True) if a), torch.zeros_like(y))
-            there = y + like(h) * moved
+            there = y + _rows(h, y) * moved
             slopes.append(slope(t + c * h, there))
         evaluations += len(_A)
-        error = like(h) * sum((e * k for e, k in zip(_E, slopes, strict=True) if e), torch.zeros_like(y))
+        error = _rows(h, y) * sum((e * k for e, k in zip(_E, slopes, strict=True) if e), torch.zeros_like(y))
         ratio = size(error / (atol + rtol * torch.maximum(y.abs(), there.abs())))
         if evaluations > most or not bool(ratio.isfinite().all()):
             what = f"more than {most} evaluations" if evaluations > most else "values that are not finite"
             raise ArithmeticError(f"the ODE came to {what} at t={float(t.min()):.4g} with rtol={rtol}, atol={atol}")
         taken = ratio < 1
-        y, first = (torch.where(like(taken).bool(), new, old) for new, old in ((there, y), (slopes[-1], first)))
+        y, first = (torch.where(_rows(taken, y).bool(), new, old) for new, old in ((there, y), (slopes[-1], first)))
         t = torch.where(taken, t + h, t)
         longest = torch.where(taken & ~rejected, _MOST, 1.0)
         h = h * (_SAFETY * ratio.clamp(min=1e-10) ** -0.2).clamp(min=_LEAST).minimum(longest)
@@ -107,10 +104,11 @@ def flow_slope(score: Callable[[Tensor, Tensor], Tensor], u: Tensor, y: Tensor) 
         u: Shape (B,), float64.
         y: Shape (B, ...).
     """
-
-    def like(values: Tensor) -> Tensor:
-        return values.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
-
     sigma = SPREAD * u.sinh()
-    s = score(like(u.cosh()) * y, sigma.to(torch.promote_types(y.dtype, torch.float32))).to(y.dtype)
-    return -like(SPREAD * sigma) * s - like(u.tanh()) * y
+    s = score(_rows(u.cosh(), y) * y, sigma.to(torch.promote_types(y.dtype, torch.float32))).to(y.dtype)
+    return -_rows(SPREAD * sigma, y) * s - _rows(u.tanh(), y) * y
+
+
+def _rows(values: Tensor, y: Tensor) -> Tensor:
+    """One value for each row of y, in its dtype, shape (B, 1, ...)."""
+    return values.to(y.dtype).view(-1, *[1] * (y.ndim - 1))

@@ -120,9 +120,7 @@ def annealed_langevin(
     for i, sigma in enumerate(levels):
         numbers = range(i * steps_per_level, (i + 1) * steps_per_level)
         x = _steps(score, x, sigma, numbers, step_rule, noise, project, observe)
-    if project is not None:
-        x = project(x, sigma, numbers[-1])
-    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+    return _last(score, x, sigma, numbers[-1], denoise, project)
 
 
 @torch.no_grad()
@@ -181,10 +179,7 @@ def consistent_annealed_langevin(
         x = x + eta * sigma**2 * s + beta * following * z
         if observe is not None:
             observe(x, step, following)
-    sigma = levels[-1]
-    if project is not None:
-        x = project(x, sigma, len(levels) - 1)
-    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+    return _last(score, x, levels[-1], len(levels) - 1, denoise, project)
 
 
 @torch.no_grad()
@@ -241,18 +236,13 @@ def predictor_corrector(
         raise ValueError(f"expected corrections >= 1 with a corrector, got {corrections}")
     t = torch.linspace(1, t_min, steps, dtype=torch.float64)
     table = predictor_steps(sde, predictor, t).tolist()
-    corrections = 0 if corrector is None else corrections
-    factors = _corrector_factors(sde, t).tolist() if corrections else []
+    factors = _corrector_factors(sde, t).tolist() if corrector else []
     number = 0
     for i, (sigma, keep, pull, gain) in enumerate(table):
-        for _ in range(corrections):
-            assert corrector is not None
-            if project is not None:
-                x = project(x, sigma, number)
-            s, z = score(x, _level(x, sigma)).to(x.dtype), noise(x, number)
-            step = factors[i] * corrector(sigma, s, z)
-            x = x + step * s + (2 * step) ** 0.5 * z
-            number += 1
+        if corrector is not None:
+            rule = _scaled(corrector, factors[i])
+            x = _steps(score, x, sigma, range(number, number + corrections), rule, noise, project, None)
+            number += corrections
         if project is not None:
             x = project(x, sigma, number)
         x = keep * x + pull * score(x, _level(x, sigma)).to(x.dtype)
@@ -390,10 +380,7 @@ def probability_flow(
                 x = there
         if observe is not None:
             observe(x, step, following)
-    sigma = levels[-1]
-    if project is not None:
-        x = project(x, sigma, len(levels) - 1)
-    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+    return _last(score, x, levels[-1], len(levels) - 1, denoise, project)
 
 
 @torch.no_grad()
@@ -431,10 +418,7 @@ def adaptive_probability_flow(
     start, end = ode.flow_time(sigma_1), ode.flow_time(sigma_L)
     slope = partial(ode.flow_slope, score)
     y, evaluations = ode.rk45(slope, x / math.cosh(start), start, end, rtol=rtol, atol=atol)
-    x = math.cosh(end) * y
-    if not denoise:
-        return x, evaluations
-    return x + sigma_L**2 * score(x, _level(x, sigma_L)).to(x.dtype), evaluations + 1
+    return _last(score, math.cosh(end) * y, sigma_L, 0, denoise, None), evaluations + denoise
 
 
 def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:
@@ -516,6 +500,17 @@ def _steps(
         if observe is not None:
             observe(x, step, sigma)
     return x
+
+
+def _last(score: Score, x: Tensor, sigma: float, step: int, denoise: bool, project: Project | None) -> Tensor:
+    """The end of a trajectory: what is known put in, and with `denoise` the posterior mean."""
+    if project is not None:
+        x = project(x, sigma, step)
+    return x + sigma**2 * score(x, _level(x, sigma)).to(x.dtype) if denoise else x
+
+
+def _scaled(rule: StepRule, factor: float) -> StepRule:
+    return lambda sigma, s, z: factor * rule(sigma, s, z)
 
 
 def _level(x: Tensor, sigma: float) -> Tensor:

@@ -23,7 +23,10 @@ from ncsn.noise import geometric_sigmas
 class SDE(ABC):
     """One of VE, VP and sub-VP: a frozen value. Times are tensors of any shape, which the results have too."""
 
-    prior_std: float  # the prior of x_1 is N(0, prior_std^2 I)
+    @property
+    @abstractmethod
+    def prior_std(self) -> float:
+        """Of the prior of x_1, N(0, prior_std^2 I)."""
 
     @abstractmethod
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +98,7 @@ class VE(SDE):
             )
 
     @property
-    def prior_std(self) -> float:  # type: ignore[override]
+    def prior_std(self) -> float:
         return self.sigma_max
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,18 +119,22 @@ class VE(SDE):
         return geometric_sigmas(self.sigma_max, self.sigma_min, n)
 
 
+@dataclass(frozen=True)
 class _Beta(SDE):
     """What VP and sub-VP share: f = -beta / 2, beta = beta_min + (beta_max - beta_min) t, alpha = exp(-B / 2)."""
 
-    beta_min: float
-    beta_max: float
-    prior_std = 1.0
+    beta_min: float = 0.1
+    beta_max: float = 20.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(
                 f"expected 0 < beta_min <= beta_max, got beta_min={self.beta_min}, beta_max={self.beta_max}"
             )
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
 
     def beta(self, t: Tensor) -> Tensor:
         """beta(t)."""
@@ -153,9 +160,6 @@ class VP(_Beta):
     Raises:
         ValueError: If not 0 < beta_min <= beta_max.
     """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self.integral(t)
@@ -198,9 +202,6 @@ class SubVP(_Beta):
         ValueError: If not 0 < beta_min <= beta_max.
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         integral = self.integral(t)
         return (-integral / 2).exp(), -torch.expm1(-integral)
@@ -224,7 +225,7 @@ SDES: dict[str, Callable[..., SDE]] = {"ve": VE, "vp": VP, "subvp": SubVP}
 
 
 def noise_prediction(
-    network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, steps: int | None = None
+    network: Callable[[Tensor, Tensor], Tensor], sde: SDE, *, levels: Tensor | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The score s(x, sigma) = -n(alpha x, label) / sigma of a network that predicts noise, as DDPM and DDPM++ do.
 
@@ -233,20 +234,18 @@ def noise_prediction(
     Args:
         network: n(x_t, label) with x_t of shape (B, ...) and label of shape (B,), float32.
         sde: Of which it was trained.
-        steps: N of the chain whose `levels` it was trained at; None: continuous time.
+        levels: Those of the chain that it was trained at, `SDE.levels`, on the device of x; None: continuous time.
     """
-    levels = None if steps is None else sde.levels(steps).log()
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         t = sde.time(sigma.double())
         if levels is None:
             label = 999 * t
         else:
-            known = levels.to(sigma.device)
-            label = len(known) - 1 - (sigma.double().log()[:, None] - known).abs().argmin(1)
+            label = len(levels) - 1 - (sigma.double()[:, None] / levels).log().abs().argmin(1)
         shape = (-1, *[1] * (x.ndim - 1))
         alpha = sde.scales(t)[0].to(x.dtype).view(shape)
-        return -network(alpha * x, label.float()) / sigma.to(x.dtype).view(shape)
+        return -network(alpha * x, label.float()) / sigma.view(shape)
 
     return score
 

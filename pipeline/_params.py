@@ -186,9 +186,8 @@ class Sample:
     """How images are drawn, and how many: `ranges` times n of them, for the spread of what is measured.
 
     `steps` are the levels of a solver (null: those of `noise`), from `sigma_1` on (null: the largest level of `noise`),
-    or the steps of predictor_corrector. `snr` holds
-    the signal-to-noise ratio of each step of annealed_langevin, in place of noise.epsilon, or of a corrector; null:
-    there is none.
+    or the steps of predictor_corrector. `snr` holds the signal-to-noise ratio of each step of annealed_langevin, in
+    place of noise.epsilon, or of a corrector; null: there is none.
     """
 
     n: int = _whole(1)

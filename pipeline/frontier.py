@@ -105,14 +105,16 @@ def consistent(base: Sampler, steps: list[int], denoise: bool = True) -> list[Sa
 def flows(base: Sampler, levels: list[int], denoise: bool = True) -> list[Sampler]:
     """Solvers with so many levels, or with those of training where the network knows no others; the one with noise also
     from half the largest level on."""
-    own = [route(base.schedule, method) for method in FLOWS] if "sigmas" in base.network else []
-    routes = [(method, route(base.schedule, method, n)) for n in levels for method in FLOWS]
     half = base.schedule["sigma_1"] / 2
-    if half > base.schedule["sigma_L"]:
-        routes += [("dpmpp_sde", route(base.schedule, "dpmpp_sde", n, sigma_1=half)) for n in levels]
+    if "sigmas" in base.network:
+        routes = [(method, route(base.schedule, method)) for method in FLOWS]
+    else:
+        routes = [(method, route(base.schedule, method, n)) for n in levels for method in FLOWS]
+        if half > base.schedule["sigma_L"]:
+            routes += [("dpmpp_sde", route(base.schedule, "dpmpp_sde", n, sigma_1=half)) for n in levels]
     return [
         dataclasses.replace(base, method=method, schedule=schedule, denoise=denoise, snr=None, predictor=None)
-        for method, schedule in (zip(FLOWS, own, strict=True) if own else routes)
+        for method, schedule in routes
     ]
 
 
@@ -179,10 +181,10 @@ def advice(rows: list[dict[str, Any]]) -> str:
 
 def words(each: dict[str, Any]) -> str:
     """A setting for people."""
-    step = f"SNR = {each['snr']:.3g}" if each["snr"] else f"epsilon = {each['epsilon'] or 0:.3g}"
-    how = (
-        f"{each['levels']} levels from {each['sigma_1']:.3g}" if each["method"] in FLOWS else f"T = {each['T']}, {step}"
-    )
+    if each["method"] in FLOWS:
+        how = f"{each['levels']} levels from {each['sigma_1']:.3g}"
+    else:
+        how = f"T = {each['T']}, {'SNR' if each['snr'] else 'epsilon'} = {size(each)}"
     return f"{TITLES[each['method']]}, {how}{'' if each['denoise'] else ', not denoised'}"
 
 

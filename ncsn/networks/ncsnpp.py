@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncsn.networks.base import ACTIVATIONS, ScoreNetwork, divided
-from ncsn.sde import SDE, VP, SubVP
+from ncsn.sde import SDE, VP, SubVP, noise_prediction
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -403,6 +403,7 @@ class DDPMpp(ScoreNetwork):
         ValueError: If an argument is out of its range.
     """
 
+    levels: Tensor | None
     resample, rescale_skips = "mean", True
 
     def __init__(
@@ -426,7 +427,7 @@ class DDPMpp(ScoreNetwork):
             raise ValueError(f"expected sde='vp' or 'subvp' for a network that predicts noise, got {sde!r}")
         self.multiple = 2 ** (len(multipliers) - 1)
         self.sde: SDE = VP(beta_min, beta_max) if sde == "vp" else SubVP(beta_min, beta_max)
-        self.levels = None if steps is None else self.sde.levels(steps).flip(0).log()
+        self.register_buffer("levels", None if steps is None else self.sde.levels(steps), persistent=False)
         self.unet = DiffusionUNet(
             Positional(width),
             width,
@@ -443,14 +444,8 @@ class DDPMpp(ScoreNetwork):
         )
 
     def _score(self, h: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.double() * (2 if self.rescale else 1)
-        t = self.sde.time(level)
-        alpha = self.sde.scales(t)[0].to(h.dtype)[:, None, None, None]
-        if self.levels is None:
-            label = 999 * t
-        else:
-            label = (level.log()[:, None] - self.levels.to(level.device)).abs().argmin(1)
-        return divided(-self.unet(alpha * h, label), sigma)
+        unit = 2 if self.rescale else 1
+        return unit * noise_prediction(self.unet, self.sde, levels=self.levels)(h, unit * sigma)
 
 
 class DDPM(DDPMpp):

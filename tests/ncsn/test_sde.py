@@ -21,11 +21,11 @@ def golden():
     return torch.load(FOLDER / "sde_lib.pt", weights_only=True)
 
 
-def their_score(sde):
+def their_score(sde, levels=None):
     """The score of the made-up networks of the golden data."""
     if isinstance(sde, VE):
         return lambda x, sigma: -x / (0.25 + sigma**2).view(-1, 1, 1, 1)
-    return noise_prediction(lambda x, label: x * (0.1 + 0.9 * label / 999).view(-1, 1, 1, 1), sde)
+    return noise_prediction(lambda x, label: x * (0.1 + 0.9 * label / 999).view(-1, 1, 1, 1), sde, levels=levels)
 
 
 def close(ours, theirs, tolerance=1e-5):
@@ -103,8 +103,8 @@ def test_official_losses_of_chains(golden, name):
     if name == "ve":
         score, sigma = their_score(VE()), VE().levels(1000)[theirs["labels"]]
     else:
-        score = noise_prediction(lambda x, label: x * (0.1 + 0.9 * label / 999).view(-1, 1, 1, 1), VP(), steps=1000)
-        sigma = VP().levels(1000).flip(0)[theirs["labels"]]
+        levels = VP().levels(1000)
+        score, sigma = their_score(VP(), levels), levels.flip(0)[theirs["labels"]]
     ours = losses.denoising_score_matching(score, x, sigma.float(), theirs[f"{chain}_z"])
     for mean, factor in ((0, 1), (1, 2 / x[0].numel())):
         assert float(factor * ours.mean()) == pytest.approx(theirs[f"{chain}_mean{mean}"], rel=1e-4)
