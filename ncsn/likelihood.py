@@ -19,7 +19,7 @@ def log_likelihood(
     t_min: float = 1e-5,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p_0(x) by the instantaneous change of variables (arXiv:1806.07366) with Hutchinson's trace estimate.
 
     Along the probability flow ODE dx / dsigma = -sigma s from t_min to 1, where x is x_t / alpha,
@@ -40,7 +40,7 @@ def log_likelihood(
 
     Returns:
         log p in nats, shape (B,); x_1 of each image, which under the prior N(0, prior_std^2 I) has log p(x at 1), shape
-        of x; and how often the score was evaluated.
+        of x; and how often the score was evaluated for each image, shape (B,).
 
     Raises:
         ValueError: If the probes do not have the shape of x.

@@ -31,7 +31,7 @@ def rk45(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     most: int = 10_000,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Solve dy / dt = slope(t, y) from `start` to `end`, by the method and the step control of SciPy's RK45.
 
     A step is taken if the root mean square of error / (atol + rtol |y|) over a row is below 1; the next one is
@@ -48,7 +48,7 @@ def rk45(
         most: Evaluations after which to give up.
 
     Returns:
-        y at the end, shape and dtype of y; and how often the slope of the batch was evaluated.
+        y at the end, shape and dtype of y; and how often the slope of each row was evaluated on its way, shape (B,).
 
     Raises:
         ValueError: If a tolerance is not positive.
@@ -62,22 +62,23 @@ def rk45(
 
     span = end - start
     t = torch.full((len(y),), start, dtype=torch.float64, device=y.device)
-    first, evaluations = slope(t, y), 1
+    first, evaluations = slope(t, y), torch.ones_like(t, dtype=torch.long)
     scale = atol + rtol * y.abs()
     h = span * (0.01 * size(y / scale) / (size(first / scale) * abs(span))).clamp(1e-6, 1)
     rejected = torch.zeros_like(t, dtype=torch.bool)
-    while not bool((left := end - t).abs().le(1e-12 * abs(span)).all()):
+    while bool((going := (end - t).abs() > 1e-12 * abs(span)).any()):
+        left = end - t
         h = torch.where(h.abs() < left.abs(), h, left)
         slopes = [first]
         for row, c in zip(_A, _C, strict=True):
             moved = sum((a * k for a, k in zip(row, slopes, strict=True) if a), torch.zeros_like(y))
             there = y + _rows(h, y) * moved
             slopes.append(slope(t + c * h, there))
-        evaluations += len(_A)
+        evaluations += len(_A) * going
         error = _rows(h, y) * sum((e * k for e, k in zip(_E, slopes, strict=True) if e), torch.zeros_like(y))
         ratio = size(error / (atol + rtol * torch.maximum(y.abs(), there.abs())))
-        if evaluations > most or not bool(ratio.isfinite().all()):
-            what = f"more than {most} evaluations" if evaluations > most else "values that are not finite"
+        if (many := bool((evaluations > most).any())) or not bool(ratio.isfinite().all()):
+            what = f"more than {most} evaluations" if many else "values that are not finite"
             raise ArithmeticError(f"the ODE came to {what} at t={float(t.min()):.4g} with rtol={rtol}, atol={atol}")
         taken = ratio < 1
         y, first = (torch.where(_rows(taken, y).bool(), new, old) for new, old in ((there, y), (slopes[-1], first)))

@@ -387,38 +387,48 @@ def probability_flow(
 def adaptive_probability_flow(
     score: Score,
     x: Tensor,
-    sigma_1: float,
-    sigma_L: float,
+    sigmas: Tensor,
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     denoise: bool = True,
-) -> tuple[Tensor, int]:
+    project: Project | None = None,
+    observe: Observe | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw samples by the probability flow ODE with steps as long as an error allows: `ode.rk45` of `ode.flow_slope`.
 
-    Each image has steps of its own, so it does not depend on the others of its batch (with the official code's solver,
-    one for all pixels of a batch, it does).
+    It halts at each of the levels: two are enough, but for what is to be projected or observed in between. Each image
+    has steps of its own, so it does not depend on the others of its batch (with the official code's solver, one for all
+    pixels of a batch, it does).
 
     Args:
         score: s(x, sigma).
         x: Start at noise level sigma_1, shape (B, ...).
-        sigma_1: Where to start.
-        sigma_L: Where to end, 0 < sigma_L < sigma_1.
+        sigmas: Noise levels, shape (L,), strictly decreasing.
         rtol: Of `ode.rk45`.
         atol: Of `ode.rk45`.
         denoise: Take the final denoising step, x <- x + sigma_L^2 s(x, sigma_L).
+        project: Puts in what is known, see the module.
+        observe: Watches, is told the level that x has come to; must not change x.
 
     Returns:
-        Samples, shape and dtype of x, not clamped; and the number of evaluations of the score.
+        Samples, shape and dtype of x, not clamped; and how often the score was evaluated for each, shape (B,).
 
     Raises:
-        ValueError: If not 0 < sigma_L < sigma_1 or a tolerance is not positive.
+        ValueError: If the levels do not strictly decrease or a tolerance is not positive.
+        ArithmeticError: As `ode.rk45`.
     """
-    given_sigmas([sigma_1, sigma_L])
-    start, end = ode.flow_time(sigma_1), ode.flow_time(sigma_L)
-    slope = partial(ode.flow_slope, score)
-    y, evaluations = ode.rk45(slope, x / math.cosh(start), start, end, rtol=rtol, atol=atol)
-    return _last(score, math.cosh(end) * y, sigma_L, 0, denoise, None), evaluations + denoise
+    levels, slope = given_sigmas(sigmas).tolist(), partial(ode.flow_slope, score)
+    evaluations = torch.full((len(x),), int(denoise), device=x.device)
+    for step, (sigma, following) in enumerate(pairwise(levels)):
+        if project is not None:
+            x = project(x, sigma, step)
+        start, end = ode.flow_time(sigma), ode.flow_time(following)
+        y, more = ode.rk45(slope, x / math.cosh(start), start, end, rtol=rtol, atol=atol)
+        x, evaluations = math.cosh(end) * y, evaluations + more
+        if observe is not None:
+            observe(x, step, following)
+    return _last(score, x, levels[-1], len(levels) - 1, denoise, project), evaluations
 
 
 def inpainting(reference: Tensor, mask: Tensor, noise: Noise, *, steps_per_draw: int = 1) -> Project:

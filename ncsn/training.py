@@ -297,7 +297,13 @@ def accumulate_gradients(
     return torch.cat(losses)
 
 
-def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], None] | None = None) -> Tensor:
+def update(
+    state: TrainState,
+    loss: Tensor,
+    reduce: Callable[[list[Tensor]], None] | None = None,
+    *,
+    clip_norm: float | None = None,
+) -> Tensor:
     """One step of the optimizer and of the average with the gradients that are there, unless they are not finite.
 
     A loss or a gradient that is NaN or infinite leaves the weights and the optimizer as they are; the step is counted.
@@ -307,9 +313,10 @@ def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], Non
         state: Changed in place.
         loss: Of the examples that the gradients are of.
         reduce: Called first with all gradients and the sum of the losses: sums them over the workers, in place.
+        clip_norm: Most that the norm of the gradient may be: a longer one is shortened to it (arXiv:1211.5063).
 
     Returns:
-        Norm of the gradient, shape (); not finite if the loss is not.
+        Norm of the gradient, shape (), before it is shortened; not finite if the loss is not.
     """
     gradients = []
     for parameter in state.model.parameters():
@@ -322,6 +329,8 @@ def update(state: TrainState, loss: Tensor, reduce: Callable[[list[Tensor]], Non
     if reduce is not None:
         reduce([*gradients, total])
     norm = torch.where(total.isfinite(), nn.utils.get_total_norm(gradients), total)
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_norm, norm)
     if state.optimizer.defaults.get("fused"):
         state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # as GradScaler tells it
         state.optimizer.step()

@@ -158,6 +158,7 @@ class Train:
     level_power: float = _positive()
     beta_2: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     adam_eps: float = _positive()
+    clip_norm: float | None = _positive()
     ema_decay: float = _rule("a number from 0 to less than 1", lambda value: 0 <= value < 1)
     ema_warmup: bool = _rule("true or false")
     dequantise: bool = _rule("true or false")
@@ -187,18 +188,19 @@ class Sample:
 
     `steps` are the levels of a solver (null: those of `noise`), from `sigma_1` on (null: the largest level of `noise`),
     or the steps of predictor_corrector. `snr` holds the signal-to-noise ratio of each step of annealed_langevin, in
-    place of noise.epsilon, or of a corrector; null: there is none.
+    place of noise.epsilon, or of a corrector; null: there is none. `tolerance` is of rk45.
     """
 
     n: int = _whole(1)
     ranges: int = _whole(1)
     shard_size: int = _whole(1)
     method: str = _one_of(
-        *("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "predictor_corrector")
+        *("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "rk45", "predictor_corrector")
     )
     steps: int | None = _whole(2)
     sigma_1: float | None = _positive()
     predictor: str = _one_of("euler_maruyama", "reverse_diffusion", "ancestral")
+    tolerance: float = _positive()
     snr: float | None = _positive()
     denoise: bool = _rule("true or false")
     precision: str = _one_of("fp32", "tf32", "bf16")

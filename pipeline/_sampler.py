@@ -28,6 +28,7 @@ CODE = (
     *("ncsn/networks", "ncsn/samplers.py", "ncsn/random.py", "ncsn/noise.py", "ncsn/images.py", "ncsn/inference.py"),
     *("ncsn/ode.py", "ncsn/sde.py", "pipeline/_sampler.py"),
 )
+FLOWS = (*samplers.SOLVERS, "rk45")  # methods that lead from level to level
 T_MIN = 1e-5  # where the reverse of VE ends
 
 
@@ -50,6 +51,7 @@ class Sampler:
         snr: Of each step of annealed Langevin dynamics, in place of the schedule's epsilon, or of a corrector; see
             `ncsn.noise.snr_rule`.
         predictor: Of predictor_corrector.
+        tolerance: Of rk45, absolute and relative.
     """
 
     network: dict[str, Any]
@@ -65,10 +67,11 @@ class Sampler:
     seed: int
     snr: float | None = None
     predictor: str | None = None
+    tolerance: float | None = None
 
     @property
-    def nfe(self) -> int:
-        """Network evaluations an image."""
+    def nfe(self) -> int | None:
+        """Network evaluations an image; None where each image has its own number."""
         return evaluations(self.method, self.schedule, self.denoise)
 
     @property
@@ -90,6 +93,8 @@ class Sampler:
             levels = levels | {"epsilon": None, "snr": self.snr}
         if self.predictor is not None:
             levels = levels | {"predictor": self.predictor}
+        if self.tolerance is not None:
+            levels = levels | {"tolerance": self.tolerance}
         return {"name": self.method, **levels, "denoise": self.denoise, "precision": self.precision}
 
     @property
@@ -106,6 +111,7 @@ class Sampler:
                 "method": self.method,
                 "snr": self.snr,
                 "predictor": self.predictor,
+                "tolerance": self.tolerance,
                 "denoise": self.denoise,
                 "precision": self.precision,
                 "seed": self.seed,
@@ -115,9 +121,11 @@ class Sampler:
         return f"sample-{fingerprint(identity)}"
 
 
-def evaluations(method: str, levels: Mapping[str, Any], denoise: bool) -> int:
+def evaluations(method: str, levels: Mapping[str, Any], denoise: bool) -> int | None:
     """Of the network, for an image: one a step, and one to denoise; some steps lead from level to level, those of Heun
-    with two, and without its noise the last step of a predictor is one that denoises."""
+    with two, and without its noise the last step of a predictor is one that denoises. None of rk45, which chooses."""
+    if method == "rk45":
+        return None
     L, T = levels["L"], levels["steps_per_level"]
     if method in samplers.SOLVERS:
         return int((L - 1) * (2 if method == "heun" else 1) + denoise)
@@ -145,8 +153,7 @@ def route(
     those of the SDE at equal times, with two evaluations at each where there is a corrector. They have no epsilon.
     """
     if steps is None:
-        solved = method in samplers.SOLVERS
-        return {**levels, "steps_per_level": 1, "epsilon": None} if solved else dict(levels)
+        return {**levels, "steps_per_level": 1, "epsilon": None} if method in FLOWS else dict(levels)
     if method == "predictor_corrector":
         reverse = Reverse.of(levels)
         times = torch.linspace(1, reverse.t_min, steps, dtype=torch.float64)
@@ -191,6 +198,9 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
             f"{model['network']['name']} in out/train knows none but its own {len(own)} from {own[0]:.6g} to "
             f"{own[-1]:.6g}: {fix}, or train it anew"
         )
+    if params.sample.method == "rk45" and "sigmas" in model["network"]:
+        name = model["network"]["name"]
+        raise StageError(f"sample.method=rk45 asks for any level, but the {name} in out/train knows none but its own")
     if params.sample.method == "consistent" and "sigmas" in model["network"] and levels["steps_per_level"] > 1:
         raise StageError(
             f"sample.method=consistent with noise.steps_per_level={levels['steps_per_level']} puts levels between "
@@ -210,6 +220,7 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
         seed=seed,
         snr=params.sample.snr,
         predictor=params.sample.predictor if params.sample.method == "predictor_corrector" else None,
+        tolerance=params.sample.tolerance if params.sample.method == "rk45" else None,
     )
 
 
@@ -316,12 +327,17 @@ class Model:
 
 
 class Drawer:
-    """A sampler with its network."""
+    """A sampler with its network.
+
+    Attributes:
+        evaluations: Of the network, those for each of the images that were drawn last added up.
+    """
 
     def __init__(self, sampler: Sampler, model: Model) -> None:
         self.sampler, self.model, self.device = sampler, model, model.device
         self.sigmas = torch.tensor(sampler.schedule["sigmas"], dtype=torch.float64)
         self.to_space, self.to_pixels = images.SPACES[sampler.space]
+        self.evaluations = 0
 
     @classmethod
     def of(cls, sampler: Sampler, weights: Path, runtime: _params.Runtime) -> "Drawer":
@@ -330,7 +346,16 @@ class Drawer:
 
     def draw(self, index: Tensor) -> Tensor:
         """Images with these numbers, uint8, shape (B, C, H, W), on the CPU; as many at once as memory allows."""
-        return self.model(lambda part: images.to_uint8(self.pixels(part)).cpu(), index, self.sampler.shape)
+        counts: dict[int, int] = {}
+
+        def draw(part: Tensor) -> Tensor:
+            x = images.to_uint8(self.pixels(part)).cpu()
+            counts[int(part[0])] = self.evaluations
+            return x
+
+        x = self.model(draw, index, self.sampler.shape)
+        self.evaluations = sum(counts.values())
+        return x
 
     def start(self, index: Tensor, noise: samplers.Noise) -> Tensor:
         """Where the chains of these images start, in the network's space: uniform, as in the papers; at the noise level
@@ -342,7 +367,7 @@ class Drawer:
         """
         s = self.sampler
         x = self.to_space(random.start_images(s.seed, index, s.shape))
-        if s.method in samplers.DETERMINISTIC:
+        if s.method in (*samplers.DETERMINISTIC, "rk45"):
             return x + float(self.sigmas[0]) * noise(x, 0)
         if s.method != "annealed_langevin" or s.snr:
             x += float(self.sigmas[0]) * random.normal(s.seed, random.START, index, 1, s.shape)
@@ -378,7 +403,17 @@ class Drawer:
             "project": project,
             "observe": observe and (lambda x, step, sigma: observe(self.to_pixels(x), step, sigma)),
         }
-        if s.method in samplers.SOLVERS:
+        self.evaluations = (s.nfe or 0) * len(index)
+        if s.method == "rk45":
+            assert s.tolerance is not None
+            try:
+                x, each = samplers.adaptive_probability_flow(
+                    score, start, self.sigmas, rtol=s.tolerance, atol=s.tolerance, **settings
+                )
+            except ArithmeticError as error:
+                raise StageError(f"{error}: raise sample.tolerance={s.tolerance:g}, then dvc repro") from error
+            self.evaluations = int(each.sum())
+        elif s.method in samplers.SOLVERS:
             x = samplers.probability_flow(score, start, self.sigmas, solver=s.method, noise=noise, **settings)
         elif s.method == "predictor_corrector":
             settings |= {"predictor": s.predictor, "corrector": snr_rule(s.snr) if s.snr else None}

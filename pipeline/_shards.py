@@ -96,7 +96,7 @@ class _Pool:
                 if self.tolerant:
                     return str(error)
                 raise
-            write(self.places[name], block, x, time.monotonic() - start)
+            write(self.places[name], block, x, time.monotonic() - start, drawer.evaluations)
             return None
 
         return work
@@ -120,7 +120,8 @@ def draw(orders: Mapping[str, Order], runtime: _params.Runtime, *, tolerant: boo
     todo = {name: missing(order, storage) for name, order in orders.items()}
     for name, order in orders.items():
         there = order.n - sum(last - first for first, last in todo[name])
-        what = f"{order.n:,} images, {order.sampler.nfe:,} NFE each" + (f", {there:,} there already" if there else "")
+        each = "NFE as rk45 chooses" if order.sampler.nfe is None else f"{order.sampler.nfe:,} NFE each"
+        what = f"{order.n:,} images, {each}" + (f", {there:,} there already" if there else "")
         log.info("%s: %s, in %s", name, what, places[name].uri)
     jobs = [(name, block) for name in orders for block in [*todo[name], *([None] if orders[name].frames else [])]]
     total, left = sum(order.n for order in orders.values()), sum(b - a for blocks in todo.values() for a, b in blocks)
@@ -148,14 +149,14 @@ def missing(order: Order, storage: Store) -> list[Block]:
     return [block for block in order.blocks if not sound.get(block)]
 
 
-def write(place: Store, block: Block, x: np.ndarray, seconds: float) -> None:
-    """Store a shard: its images, uint8, then their hash, and how long it took to draw them."""
+def write(place: Store, block: Block, x: np.ndarray, seconds: float, evaluations: int) -> None:
+    """Store a shard: its images, uint8, then their hash, and how long and how many evaluations it took to draw them."""
     file = io.BytesIO()
     np.save(file, x)
     content = file.getvalue()
     place.write(_name(block), content)
     about = {"first": block[0], "last": block[1] - 1, "sha256": hashlib.sha256(content).hexdigest()}
-    about["seconds"] = round(seconds, 4)
+    about |= {"seconds": round(seconds, 4), "evaluations": evaluations}
     place.write(_note(block), (json.dumps(about, indent=2) + "\n").encode())
 
 
@@ -169,8 +170,14 @@ def load(order: Order, runtime: _params.Runtime) -> np.ndarray:
 
 def seconds(order: Order, runtime: _params.Runtime) -> float:
     """What the workers spent on the shards of an order that was drawn, added up."""
-    place = store(runtime.storage) / order.sampler.name
-    return float(sum(json.loads(place.read(_note(block)))["seconds"] for block in order.blocks))
+    return float(sum(note["seconds"] for note in _notes(order, store(runtime.storage))))
+
+
+def nfe(order: Order, runtime: _params.Runtime) -> float:
+    """Network evaluations for each image of an order that was drawn: their mean, where they differ."""
+    if order.sampler.nfe is not None:
+        return order.sampler.nfe
+    return round(sum(note["evaluations"] for note in _notes(order, store(runtime.storage))) / order.n, 2)
 
 
 def publish(order: Order, runtime: _params.Runtime, folder: Path, about: dict[str, Any]) -> None:
@@ -197,7 +204,7 @@ def publish(order: Order, runtime: _params.Runtime, folder: Path, about: dict[st
             "weights_sha256": sampler.weights_sha256,
             "step": sampler.step,
             "sampler": sampler.settings,
-            "nfe": sampler.nfe,
+            "nfe": nfe(order, runtime),
             "shards": entries,
             "sha256": hashlib.sha256("".join(str(entry["sha256"]) for entry in entries).encode()).hexdigest(),
         },
@@ -228,6 +235,11 @@ def _alike(orders: Mapping[str, Order]) -> dict[str, str]:
         name: first.setdefault((order.sampler.weights_sha256, order.sampler.precision), name)
         for name, order in orders.items()
     }
+
+
+def _notes(order: Order, storage: Store) -> list[dict[str, Any]]:
+    place = storage / order.sampler.name
+    return [json.loads(place.read(_note(block))) for block in order.blocks]
 
 
 def _sound(place: Store, block: Block) -> bytes:

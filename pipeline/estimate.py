@@ -33,6 +33,7 @@ from pipeline._stage import StageError, log
 from pipeline._store import store
 
 MANY = 50_000  # images of a published FID
+OF_RK45 = 150  # evaluations that are assumed where a sampler chooses their number: about what it takes
 WARM_UP = 3  # training steps
 LEAST_STEPS, LEAST_SECONDS = 5, 5.0  # of training that are timed
 LEVELS = 2  # Langevin steps that are timed
@@ -102,7 +103,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     """
     splits, levels, p = prepare.manifest()["splits"], schedule.load(), params.train
     workers, slots = _ray.most(params.runtime.workers), _slots()
-    nfe = evaluations(params.sample.method, of_section(params.sample, levels), params.sample.denoise)
+    nfe = evaluations(params.sample.method, of_section(params.sample, levels), params.sample.denoise) or OF_RK45
     yardstick = min(params.sample.n, splits["test"]["n"], sample.YARDSTICK)
 
     log.info("timing training")

@@ -48,7 +48,8 @@ def main(params: _params.Params, *, n: int, steps: list[int], factors: list[floa
         )
     base = sample.make_sampler(dataclasses.replace(params, sample=by_langevin(params.sample)), "ema")
     samplers = settings(base, steps, factors, levels)
-    log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * sum(s.nfe for s in samplers))
+    nfe = sum(each.nfe or 0 for each in samplers)
+    log.info("%d settings, %d images each: %d network evaluations", len(samplers), n, n * nfe)
     with _track.run(params, afterwards=train.weights_sha256()) as run, replacing_folder(OUT) as out:
         with _ray.cluster(params.runtime):
             rows = draw(samplers, sample.weights("ema"), n, params)

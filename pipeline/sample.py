@@ -4,6 +4,7 @@ sample=default             annealed Langevin dynamics (arXiv:1907.05600, arXiv:2
 sample=consistent          consistent annealed sampling (arXiv:2009.05475)
 sample=dpmpp_sde           the reverse SDE by DPM-Solver++ (arXiv:2211.01095): the same network, far fewer evaluations
 sample=dpmpp, heun, euler  the probability flow, which has no noise but that of the start
+sample=ode                 the same with steps as long as a tolerance allows (RK45): each image takes its own number
 sample=pc                  predictor and corrector of the reverse SDE (arXiv:2011.13456)
 
 Reads out/train, out/select, out/schedule and the section `sample`; writes out/samples: `ema/` the samples, `untrained/`

@@ -278,7 +278,7 @@ def fit(job: Job, world: _ray.World) -> None:
         if job.params.model.dropout:
             torch.manual_seed(dropout_seed(p.seed, state.step, world.rank))
         loss, stop = gradients(x, sigma, *draws)
-        norm = update(state, loss, lambda tensors: world.sum(*tensors))
+        norm = update(state, loss, lambda tensors: world.sum(*tensors), clip_norm=p.clip_norm)
         watch(state.step, level, loss, norm)
         window.index_add_(0, level, torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()], 1).double())
         if stop or due(state.step, p.log_every, p.steps):

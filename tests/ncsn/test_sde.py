@@ -188,8 +188,8 @@ def test_official_ode(golden, name):
     sde, case = SDES[name], golden["ode"][f"{name}_ode"]
     ends = torch.tensor([1.0, case["eps"]], dtype=torch.float64)
     first, last = sde.scales(ends)[0].tolist()
-    levels = sde.noise_level(ends).tolist()
-    x, _ = samplers.adaptive_probability_flow(their_score(sde), case["z"] / first, *levels, denoise=False)
+    levels = sde.noise_level(ends)
+    x, _ = samplers.adaptive_probability_flow(their_score(sde), case["z"] / first, levels, denoise=False)
     close(last * x, case["x"], 1e-3)
 
 
@@ -250,7 +250,9 @@ def test_solvers_agree_with_small_steps_on_a_mixture(solver):
     weights, means = torch.tensor([0.3, 0.7]).double(), torch.tensor([[1.0, 1.0], [-1.0, 0.0]]).double()
     mixture = Mixture(weights, means, 0.2)
     x = 10 * torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    reference, _ = samplers.adaptive_probability_flow(mixture.score, x, 10.0, 0.01, rtol=1e-10, atol=1e-10)
+    reference, _ = samplers.adaptive_probability_flow(
+        mixture.score, x, torch.tensor([10.0, 0.01]), rtol=1e-10, atol=1e-10
+    )
     errors = []
     for steps in (100, 200):
         got = samplers.probability_flow(mixture.score, x, noise.edm_sigmas(10.0, 0.01, steps + 1), solver=solver)
@@ -280,10 +282,10 @@ def test_images_do_not_depend_on_their_batch(name):
     sde = SDES[name]
     x = at_the_prior(sde, torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(2)))
     score = gaussian(0.4, 0.3)
-    ends = sde.noise_level(torch.tensor([1.0, 1e-3], dtype=torch.float64)).tolist()
-    together, _ = samplers.adaptive_probability_flow(score, x, *ends)
-    alone, _ = samplers.adaptive_probability_flow(score, x[1:2], *ends)
+    levels = sde.noise_level(torch.tensor([1.0, 0.5, 1e-3], dtype=torch.float64))
+    (together, theirs), (alone, own) = (samplers.adaptive_probability_flow(score, some, levels) for some in (x, x[1:2]))
     assert torch.equal(together[1:2], alone)
+    assert theirs[1] == own[0]
 
 
 def test_what_is_known_stays_known(golden):
@@ -325,7 +327,7 @@ def test_likelihood_of_gaussian_data(name):
     assert torch.allclose(log_prob, sde.prior_log_prob(latent) + 16 * math.log(grown), atol=1e-4)
     exact = torch.distributions.Normal(alpha[0] * mean, spread[0]).log_prob(x).flatten(1).sum(1)
     assert torch.allclose(log_prob, exact, atol=0.04)
-    assert evaluations < 150
+    assert evaluations.max() < 150
 
 
 def test_gaussian_probes_are_unbiased():
@@ -351,8 +353,7 @@ def test_bits():
 
 
 def test_rk45_takes_the_steps_of_scipy():
-    """Oscillators of other frequencies in one batch: each has steps of its own, as many as it has alone, and the last
-    one decides how often all are evaluated."""
+    """Oscillators of other frequencies in one batch: each has steps of its own, as many as it has alone."""
     frequency = torch.tensor([1.0, 10.0, 40.0]).double()
 
     def slope(t, y):
@@ -363,7 +364,7 @@ def test_rk45_takes_the_steps_of_scipy():
     for k, w in enumerate(frequency.tolist()):
         theirs = solve_ivp(lambda t, y: [y[1], -(w**2) * y[0]], (0, 2), [1.0, 0.0], rtol=1e-8, atol=1e-8)  # noqa: B023
         assert abs(float(y[k, 0]) - theirs.y[0, -1]) < 1e-9
-    assert abs(evaluations - theirs.nfev) <= 12  # another first step
+        assert abs(int(evaluations[k]) - theirs.nfev) <= 12  # another first step
     back, _ = ode.rk45(slope, y, 2.0, 0.0, rtol=1e-8, atol=1e-8)
     assert torch.allclose(back, start, atol=1e-5)
 

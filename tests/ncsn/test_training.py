@@ -286,6 +286,28 @@ def test_shares_of_a_batch_add_up_to_its_gradient():
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_a_long_gradient_is_shortened_to_the_norm(fused):
+    """By plain descent the weights move by rate times gradient: as far as the norm allows, in the same direction."""
+    batch = torch.rand(3, 1, 4, 4), torch.rand(3) + 0.1, torch.randn(3, 1, 4, 4)
+
+    def weights(state):
+        return torch.nn.utils.parameters_to_vector(state.model.parameters()).detach().clone()
+
+    moves = []
+    for clip_norm in (None, 1e6, 0.25):
+        state = _state()
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1e-3, fused=fused)
+        before = weights(state)
+        loss = accumulate_gradients(state, *batch)
+        norm = float(update(state, loss, clip_norm=clip_norm))
+        moves.append(weights(state) - before)
+    assert norm > 1
+    assert torch.equal(moves[1], moves[0])
+    assert torch.allclose(moves[2], moves[0] * 0.25 / norm, atol=1e-6)
+    assert float(moves[2].norm()) == pytest.approx(0.25e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("in_loss_alone", [True, False])
 def test_a_step_with_a_loss_or_gradient_that_is_not_finite_is_skipped(fused, bad, in_loss_alone):

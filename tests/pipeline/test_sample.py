@@ -69,7 +69,7 @@ def _close(a, b):
 def _write_all(order, drawer, runtime):
     place = store(runtime.storage) / order.sampler.name
     for block in order.blocks:
-        _shards.write(place, block, drawer.draw(torch.arange(*block)).numpy(), seconds=1.0)
+        _shards.write(place, block, drawer.draw(torch.arange(*block)).numpy(), seconds=1.0, evaluations=8)
     return place
 
 
@@ -256,6 +256,30 @@ def test_methods_take_as_many_evaluations_as_they_say(
     told = "sample.snr=0.16: lower it" if section.get("snr") else "take more sample.steps"
     with pytest.raises(StageError, match=told):
         made.pixels(torch.arange(2))
+
+
+def test_rk45_counts_the_evaluations_of_each_image(compose_params, sampler, weights, runtime):
+    """The same in any batch, in the shard's note and as a mean in the manifest; a looser tolerance takes fewer."""
+    section = compose_params("experiment=tiny", "sample=ode", "sample.steps=4").sample
+    own = dataclasses.replace(
+        sampler, method="rk45", schedule=of_section(section, sampler.schedule), tolerance=section.tolerance
+    )
+    drawer = Drawer.of(own, weights, runtime)
+    assert own.nfe is None
+    seen = []
+    x = drawer.pixels(torch.arange(6), observe=lambda x, step, sigma: seen.append(sigma))
+    total = drawer.evaluations
+    assert seen == pytest.approx(own.schedule["sigmas"][1:])
+    assert 6 * 30 < total < 6 * 500
+    parts = [(drawer.draw(part), drawer.evaluations)[1] for part in torch.arange(6).split(1)]
+    assert sum(parts) == total
+    loose = Drawer.of(dataclasses.replace(own, tolerance=1e-3), weights, runtime)
+    near = loose.pixels(torch.arange(6))
+    assert loose.evaluations < total
+    assert float((near - x).abs().max()) < 0.05
+    drawer.model.score = lambda x, sigma: torch.full_like(x, torch.nan)
+    with pytest.raises(StageError, match=r"values that are not finite at .* raise sample.tolerance=1e-05"):
+        drawer.pixels(torch.arange(2))
 
 
 def test_a_flow_between_two_noises_leads_from_one_image_to_another(sampler, weights, runtime):
