@@ -15,6 +15,7 @@ from torch import Tensor
 # The numbers stay: new streams go to the end.
 STEP, START, TRAIN_NOISE, TRAIN_LEVEL, TRAIN_FLIP, KNOWN, OTHER_END = range(7)
 TRAIN_DIRECTION, TRAIN_DEQUANTISE, TRAIN_ORDER, TRAIN_DROPOUT = range(7, 11)
+DEQUANTISE, PROBE = range(11, 13)  # of likelihoods
 
 _MASK = 0xFFFFFFFF
 

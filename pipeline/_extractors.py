@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
@@ -54,15 +53,8 @@ class ClassifierExtractor(FeatureExtractorBase):  # type: ignore[misc]
         info = features.manifest(path.parent)
         if info["extractor"] != name:
             raise StageError(f"{path} is of {info['extractor']!r}, expected {name!r}")
-        found = sha256(path)
-        if found != info["sha256"]:
-            raise StageError(
-                f"{path} has SHA-256 {found}, but classifier.json says {info['sha256']}: "
-                f"write both anew with `dvc repro --single-item --force features`"
-            )
         self.channels = info["shape"][0]
-        self.network = features.Classifier(info["shape"], len(info["classes"]))
-        self.network.load_state_dict(load_file(path))
+        self.network = features.load_classifier(path)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = images.to_float(x[:, : self.channels])

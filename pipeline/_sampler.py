@@ -256,6 +256,10 @@ class Reverse:
         """As the SDE has it."""
         return (x - self.shift) / self.unit
 
+    def score(self, score: Score) -> Score:
+        """The score of images as the SDE has them, from that in the network's space."""
+        return lambda x, sigma: self.unit * score(self.outside(x), self.unit * sigma)
+
     def draw(self, score: Score, x: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """`samplers.predictor_corrector` from a start in the network's space, in which the result is."""
         project, observe = settings["project"], settings["observe"]
@@ -265,10 +269,7 @@ class Reverse:
         if observe is not None:
             given["observe"] = lambda x, k, sigma: observe(self.outside(x), k, self.unit * sigma)
 
-        def scaled(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.unit * score(self.outside(x), self.unit * sigma)
-
-        drawn = samplers.predictor_corrector(scaled, self.inside(x), self.sde, t_min=self.t_min, **given)
+        drawn = samplers.predictor_corrector(self.score(score), self.inside(x), self.sde, t_min=self.t_min, **given)
         return self.outside(drawn)
 
 
@@ -377,6 +378,7 @@ class Drawer:
         self,
         index: Tensor,
         *,
+        score: Score | None = None,
         noise: samplers.Noise | None = None,
         project: samplers.Project | None = None,
         observe: samplers.Observe | None = None,
@@ -387,6 +389,7 @@ class Drawer:
 
         Args:
             index: Image numbers, shape (B,).
+            score: In place of the network's, in its space: one that is guided.
             noise: In place of that of (seed, number); see `ncsn.samplers`.
             project: Puts in what is known, in the network's space (`to_space`).
             observe: Sees the images in pixel units.
@@ -397,7 +400,7 @@ class Drawer:
         s = self.sampler
         index = index.to(self.device)
         noise = noise or random.seeded_noise(s.seed, index)
-        score, start, epsilon = self.model.score, self.start(index, noise), s.schedule["epsilon"]
+        score, start, epsilon = score or self.model.score, self.start(index, noise), s.schedule["epsilon"]
         settings: dict[str, Any] = {
             "denoise": s.denoise,
             "project": project,

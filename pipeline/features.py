@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -108,6 +108,23 @@ def manifest(folder: Path = OUT) -> dict[str, Any]:
         raise StageError(f"{path} does not exist: write it with `dvc repro features`")
     content: dict[str, Any] = read_json(path)
     return content
+
+
+def load_classifier(path: Path = OUT / "classifier.safetensors") -> Classifier:
+    """The classifier of a file that has classifier.json beside it, in evaluation mode, on the CPU.
+
+    Raises:
+        StageError: If the file is not the one that classifier.json describes.
+    """
+    info, found = manifest(path.parent), sha256(path)
+    if found != info["sha256"]:
+        raise StageError(
+            f"{path} has SHA-256 {found}, but classifier.json says {info['sha256']}: "
+            f"write both anew with `dvc repro --single-item --force features`"
+        )
+    network = Classifier(info["shape"], len(info["classes"]))
+    network.load_state_dict(load_file(path))
+    return network.eval()
 
 
 def labelled(split: str) -> tuple[np.ndarray, np.ndarray]:

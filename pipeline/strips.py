@@ -1,10 +1,13 @@
-"""Put what the trained network does with half an image, and between two images, into pictures.
+"""Put what the trained network does with a part of an image, with a class, and between two images, into pictures.
 
-inpainting     the left half of a test image is known, the right half is drawn, several times
-interpolation  rows of chains that share their start and mix two noises, from one image to another (arXiv:2006.09011)
+inpainting      the left half of a test image is known, the right half is drawn, several times
+colourisation   its grey values are known, of images in colour (arXiv:2011.13456, appendix I.4)
+classes         images of each class, by the gradient of the classifier of `features`, if the data has labels: it sees
+                the image that the network expects, so it need not know of noise (arXiv:2302.07121)
+interpolation   rows of chains that share their start and mix two noises, from one image to another (arXiv:2006.09011)
 
-Reads out/data, out/schedule, out/train and the section `sample`; writes out/strips: a PNG for each, and strips.json.
-Image i depends on (seed, i) alone.
+Reads out/data, out/features, out/schedule, out/train and the section `sample`; writes out/strips: a PNG for each, and
+strips.json. Image i depends on (seed, i) alone.
 """
 
 import math
@@ -18,8 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from ncsn import images, random, samplers
-from pipeline import _params, _stage, prepare, sample
+from ncsn import guidance, images, random, samplers
+from ncsn.losses import Score
+from pipeline import _params, _stage, features, prepare, sample
 from pipeline._pictures import STYLE
 from pipeline._sampler import Drawer
 from pipeline._stage import StageError, log
@@ -35,7 +39,7 @@ def main(params: _params.Params) -> None:
         drawer = Drawer.of(sample.make_sampler(params, "ema"), sample.weights("ema"), params.runtime)
     except FileNotFoundError as error:
         raise StageError(f"{error.filename} does not exist: write it with `dvc repro train`") from error
-    sampler = drawer.sampler
+    sampler, classes = drawer.sampler, prepare.manifest()["classes"]
     with replacing_folder(OUT) as out:
         record = {
             "sampler": {
@@ -48,9 +52,14 @@ def main(params: _params.Params) -> None:
             "inpainting": inpainting(drawer, out / "inpainting.png"),
             "interpolation": interpolation(drawer, out / "interpolation.png"),
         }
+        if sampler.shape[0] == 3 and sampler.space != "logits":  # whose means are not those of pixels
+            record["colourisation"] = colourisation(drawer, out / "colourisation.png")
+        if classes is not None:
+            record["classes"] = guided_classes(drawer, classes, out / "classes.png")
         write_json(out / "strips.json", record)
-    for name in ("inpainting", "interpolation"):
-        log.info("%s: %s", name, record[name]["measured"])
+    for name, found in record.items():
+        if name != "sampler":
+            log.info("%s: %s", name, found["measured"])
 
 
 def inpainting(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) -> dict[str, Any]:
@@ -59,24 +68,116 @@ def inpainting(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) -> 
     Measured are distances over the unknown pixels, a mean over pairs: of completions of one image from each other,
     and from the truth.
     """
-    data, _ = prepare.load("test")
-    chosen = np.linspace(0, len(data) - 1, rows).astype(int)
-    real = images.to_float(torch.from_numpy(data[chosen])).to(drawer.device)
+    chosen, real = some_tests(drawer, rows)
     mask = torch.zeros(real.shape[1:], dtype=torch.bool, device=drawer.device)
     mask[..., : real.shape[-1] // 2] = True
     x = complete(drawer, real.repeat_interleave(times, 0), mask)
-    unknown, truth = x[:, ~mask].unflatten(0, (rows, times)), real[:, None, ~mask]
-    among = torch.cdist(unknown, unknown).sum() / (rows * times * max(times - 1, 1))
     colour = torch.tensor(UNKNOWN, device=drawer.device)[:, None, None]
     tiles = [rgb(real), torch.where(mask, rgb(real), colour), *rgb(x).unflatten(0, (rows, times)).unbind(1)]
     plate(torch.stack(tiles, 1), ["original", "known", *map(str, range(1, times + 1))], path)
     return {
-        "settings": {"known": "left half", "test_images": chosen.tolist(), "completions": times, "steps_per_draw": 1},
+        "settings": {"known": "left half", "test_images": chosen, "completions": times, "steps_per_draw": 1},
+        "measured": spread(x[:, ~mask].unflatten(0, (rows, times)), real[:, None, ~mask]),
+    }
+
+
+def colourisation(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) -> dict[str, Any]:
+    """Test images, their grey values, and pictures with these by the whole sampler, which is told them at each step.
+
+    Measured are distances as in `inpainting`, over all pixels.
+    """
+    chosen, real = some_tests(drawer, rows)
+    grey = real.mean(1, keepdim=True)
+    x = coloured(drawer, grey.repeat_interleave(times, 0))
+    tiles = [real, rgb(grey), *x.unflatten(0, (rows, times)).unbind(1)]
+    plate(torch.stack(tiles, 1), ["original", "known", *map(str, range(1, times + 1))], path)
+    return {
+        "settings": {"known": "mean of the channels", "test_images": chosen, "completions": times, "steps_per_draw": 1},
+        "measured": spread(x.flatten(1).unflatten(0, (rows, times)), real.flatten(1)[:, None]),
+    }
+
+
+def guided_classes(
+    drawer: Drawer, classes: list[str], path: Path, *, columns: int = 10, scale: float = 1.0, most: int = 10
+) -> dict[str, Any]:
+    """A row of images for each of the first classes, drawn by the classifier's gradient from the noise of the samples.
+
+    Measured is the share of images of the class that was asked for: by the classifier itself, which has led there; and
+    by the nearest training image (Euclidean distance of pixels), which has not, and errs where the data's classes are
+    not those of neighbours: `of_test_images` is its share for real images. `without_guidance` is the classifier's for
+    the same noise.
+    """
+    rows = min(most, len(classes))
+    label = torch.arange(rows, device=drawer.device).repeat_interleave(columns)
+    index = torch.arange(columns, device=drawer.device).repeat(rows)
+    classifier = features.load_classifier().to(drawer.device)
+    x = of_classes(drawer, classifier, index, label, scale)
+    plain = draw(drawer, index[:columns], random.seeded_noise(drawer.sampler.seed, index[:columns]), "classes")
+    plate(rgb(x).unflatten(0, (rows, columns)), [str(k + 1) for k in range(columns)], path, classes[:rows])
+    test, answers = features.labelled("test")
+    every = max(1, len(test) // 500)
+    real = images.to_float(torch.from_numpy(np.array(test[::every])))
+    return {
+        "settings": {"classes": classes[:rows], "images": columns, "scale": scale},
         "measured": {
-            "distance_among_completions": float(among),
-            "distance_to_truth": float(torch.cdist(unknown, truth).mean()),
+            "by_the_classifier": share(classifier(x).argmax(1), label),
+            "by_the_nearest_image": share(labels_of_nearest(x), label),
+            "of_test_images": share(labels_of_nearest(real), torch.from_numpy(np.array(answers[::every]))),
+            "without_guidance": share(classifier(plain).argmax(1).repeat(rows), label),
         },
     }
+
+
+def of_classes(drawer: Drawer, classifier: torch.nn.Module, index: Tensor, label: Tensor, scale: float) -> Tensor:
+    """Images in [0, 1] with these numbers of classes with these numbers, both of shape (N,)."""
+    network: Score = drawer.model.score.network
+
+    def log_prob(x: Tensor) -> Tensor:
+        logits = classifier(drawer.to_pixels(x))
+        return logits.log_softmax(1).gather(1, label[:, None])[:, 0]
+
+    score = guidance.guided(network, guidance.of_denoised(network, log_prob), scale=scale)
+    return draw(drawer, index, random.seeded_noise(drawer.sampler.seed, index), "classes", score=score)
+
+
+def labels_of_nearest(x: Tensor) -> Tensor:
+    """Labels of the training images that are nearest to images in [0, 1], int64, shape (N,), on the CPU."""
+    data, labels = features.labelled("train")
+    flat, best = x.flatten(1).cpu(), []
+    for first in range(0, len(data), 5000):  # in little memory
+        block = images.to_float(torch.from_numpy(np.array(data[first : first + 5000]))).flatten(1)
+        best.append(torch.cdist(flat, block).min(1))
+    block = torch.stack([found.values for found in best]).argmin(0)
+    within = torch.stack([found.indices for found in best]).gather(0, block[None])[0]
+    return torch.from_numpy(np.array(labels))[block * 5000 + within]
+
+
+def share(found: Tensor, expected: Tensor) -> float:
+    """Of labels that are as expected."""
+    return float((found.cpu() == expected.cpu()).double().mean())
+
+
+def some_tests(drawer: Drawer, n: int) -> tuple[list[int], Tensor]:
+    """Numbers of n test images, evenly spread, and the images in [0, 1] on the drawer's device."""
+    data, _ = prepare.load("test")
+    chosen = np.linspace(0, len(data) - 1, n).astype(int)
+    return chosen.tolist(), images.to_float(torch.from_numpy(data[chosen])).to(drawer.device)
+
+
+def spread(completions: Tensor, truth: Tensor) -> dict[str, float]:
+    """Mean distances of the completions (R, K, D) of an image from each other, and from the truth (R, 1, D)."""
+    rows, times = completions.shape[:2]
+    among = torch.cdist(completions, completions).sum() / (rows * times * max(times - 1, 1))
+    to_truth = torch.cdist(completions, truth).mean()
+    return {"distance_among_completions": float(among), "distance_to_truth": float(to_truth)}
+
+
+def coloured(drawer: Drawer, grey: Tensor) -> Tensor:
+    """Images with these grey values (N, 1, H, W), drawn each from its own noise."""
+    index, seed = torch.arange(len(grey), device=drawer.device), drawer.sampler.seed
+    known = samplers.colourisation(drawer.to_space(grey), random.seeded_noise(seed, index, random.KNOWN))
+    x = draw(drawer, index, random.seeded_noise(seed, index), "colourisation", known)
+    return (x + grey - x.mean(1, keepdim=True)).clamp(0, 1)
 
 
 def complete(drawer: Drawer, reference: Tensor, mask: Tensor) -> Tensor:
@@ -118,15 +219,17 @@ def draw(
     noise: samplers.Noise,
     what: str,
     project: samplers.Project | None = None,
+    score: Score | None = None,
 ) -> Tensor:
-    """Images in [0, 1] by the sampler of the stage `sample`, with this noise and this projection."""
+    """Images in [0, 1] by the sampler of the stage `sample`, with this noise, projection and score."""
     s = drawer.sampler
     with tqdm(total=s.steps, unit="step", desc=what, mininterval=1) as bar:
 
         def observe(x: Tensor, step: int, sigma: float) -> None:
             bar.update()
 
-        return drawer.pixels(index, noise=noise, project=project, observe=observe).clamp(0, 1)
+        x = drawer.pixels(index, score=score, noise=noise, project=project, observe=observe)
+        return x.clamp(0, 1)
 
 
 def rgb(x: Tensor) -> Tensor:
@@ -134,8 +237,8 @@ def rgb(x: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1)
 
 
-def plate(tiles: Tensor, names: list[str], path: Path) -> None:
-    """Draw rows of images in [0, 1], shape (R, K, 3, H, W), under the names of their columns."""
+def plate(tiles: Tensor, names: list[str], path: Path, beside: list[str] | None = None) -> None:
+    """Draw rows of images in [0, 1], shape (R, K, 3, H, W), under the names of their columns, beside those of rows."""
     columns = tiles.shape[1]
     canvas = images.grid(images.to_uint8(tiles.flatten(0, 1)).cpu(), columns)
     height, width = canvas.shape[1:]
@@ -144,8 +247,9 @@ def plate(tiles: Tensor, names: list[str], path: Path) -> None:
         axes = figure.subplots()
         axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_xticks((np.arange(columns) + 0.5) * (width - 1) / columns, names)
-        axes.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False, pad=1)
-        axes.set_yticks([])
+        axes.tick_params(top=False, bottom=False, left=False, labeltop=True, labelbottom=False, pad=1)
+        rows = len(beside or [])
+        axes.set_yticks((np.arange(rows) + 0.5) * (height - 1) / max(rows, 1), beside or [])
         axes.spines[:].set_visible(False)
         axes.grid(False)
         figure.savefig(path, dpi=120)

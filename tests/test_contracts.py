@@ -107,7 +107,7 @@ def test_the_figures_are_a_graph_of_their_own_that_runs_in_the_root():
     stages = yaml.safe_load((ROOT / "sweeps" / "dvc.yaml").read_text())["stages"]
     main = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {out for stage in main.values() for out in stage.get("outs", [])}
-    assert list(stages) == ["figures", "strips", "frontier", "tune", "ablation", "techniques"]
+    assert list(stages) == ["figures", "strips", "frontier", "likelihood", "tune", "ablation", "techniques"]
     for name, stage in stages.items():
         assert stage["cmd"] == f"python -m pipeline.{name}"
         assert stage["wdir"] == ".."
@@ -184,7 +184,18 @@ def test_analytics_of_dvc_are_off():
 
 def test_every_stage_has_a_help_text():
     stages = ["prepare", "schedule", "features", "train", "select", "sample", "evaluate", "report", "figures", "strips"]
-    stages += ["frontier", "tune", "ablation", "techniques", "compose", "fetch", "estimate", "doctor", "compare"]
+    stages += [
+        "frontier",
+        "likelihood",
+        "tune",
+        "ablation",
+        "techniques",
+        "compose",
+        "fetch",
+        "estimate",
+        "doctor",
+        "compare",
+    ]
     code = f"""
 import runpy, sys
 for stage in {stages}:
