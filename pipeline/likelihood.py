@@ -6,8 +6,8 @@ uniformly, so the bits bound those of the bytes themselves (arXiv:1511.01844). T
 training images: where the latter have fewer bits, the network remembers them. Beside them stand the bits of pixels that
 do not know of each other, each with its histogram over the training images.
 
-Networks that were told levels in continuous time, and others that take any level, are judged down to sigma_L: what the
-network says of a clean image is as blurred as that level.
+The density is that at sigma_L, blurred by so much: no image has less than log2(256 sqrt(2 pi) sigma_L) bits, 5.0 with
+the 0.05 of digits, so bits can be compared for one sigma_L alone. noise.sigma_L=0.01, or less, is for this.
 
 Reads out/data, out/schedule, out/select, out/train; writes out/likelihood: likelihood.json (each number with what it
 was computed from), likelihood.png. Image i is judged in the same way on any worker; finished blocks wait in
@@ -140,7 +140,7 @@ class _Pool:
             rows, source = self.judge.chosen[split][first:last], self.data[split].open()
 
             def bits(part: Tensor) -> Tensor:
-                pixels = torch.from_numpy(source[rows[part.numpy()]]).to(model.device)
+                pixels = torch.from_numpy(np.array(source[rows[part.numpy()]])).to(model.device)
                 number = torch.from_numpy(rows)[part].to(model.device)
                 return self.judge.bits(model, split, number, pixels).cpu()
 
@@ -167,7 +167,8 @@ def main(params: _params.Params, *, n: int, passes: int, probes: int, tolerance:
         with _ray.cluster(params.runtime):
             found = bits_of(judge, params)
         passports = [passport(judge, split, values) for split, values in found.items()]
-        alone = independent_bits(data["train"], data["test"][judge.chosen["test"]])
+        blur = base.schedule["sigma_L"] / RANGES[base.space]
+        alone = independent_bits(data["train"], data["test"][judge.chosen["test"]], blur)
         write_json(out / "likelihood.json", {"passports": passports, "independent_pixels": alone})
         plot(judge, found, data["test"], alone, out / "likelihood.png")
         run.metrics({f"likelihood/{each['name']}": each["value"] for each in passports})
@@ -240,14 +241,17 @@ def passport(judge: Judge, split: str, found: np.ndarray) -> dict[str, Any]:
     }
 
 
-def independent_bits(x: np.ndarray, judged: np.ndarray) -> float:
+def independent_bits(x: np.ndarray, judged: np.ndarray, blur: float) -> float:
     """Bits a value of uint8 images (M, C, H, W) by the histogram of each value over the images x, each count one more.
 
-    A yardstick: it knows where ink is likely, and nothing of shapes.
+    A yardstick: it knows where ink is likely, and nothing of shapes. Like the network it says how likely an image is
+    among blurred ones, by Gaussian noise of the standard deviation `blur`, images in [0, 1].
     """
     flat, other = x.reshape(len(x), -1), judged.reshape(len(judged), -1)
+    distance = np.subtract.outer(np.arange(256), np.arange(256)) / 256
+    density = np.exp(-0.5 * (distance / blur) ** 2) / (math.sqrt(2 * math.pi) * blur)  # at one value from another
     bits = [
-        -np.log2((np.bincount(values, minlength=256) + 1.0) / (len(x) + 256))[seen].mean()
+        8 - np.log2(density @ (np.bincount(values, minlength=256) + 1.0) / (len(x) + 256))[seen].mean()
         for values, seen in zip(flat.T, other.T, strict=True)
     ]
     return float(np.mean(bits))

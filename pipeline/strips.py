@@ -98,9 +98,10 @@ def colourisation(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) 
 
 
 def guided_classes(
-    drawer: Drawer, classes: list[str], path: Path, *, columns: int = 10, scale: float = 1.0, most: int = 10
+    drawer: Drawer, classes: list[str], path: Path, *, columns: int = 10, scale: float = 4.0, most: int = 10
 ) -> dict[str, Any]:
-    """A row of images for each of the first classes, drawn by the classifier's gradient from the noise of the samples.
+    """A row of images for each of the first classes, drawn by the classifier's gradient from the noise of the samples,
+    which is taken `scale` times as it is too short where only noise is to be seen.
 
     Measured is the share of images of the class that was asked for: by the classifier itself, which has led there; and
     by the nearest training image (Euclidean distance of pixels), which has not, and errs where the data's classes are

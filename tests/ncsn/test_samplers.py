@@ -7,6 +7,7 @@ import torch
 
 from ncsn import noise, random, samplers
 from ncsn.networks import NCSN, NETWORKS, NCSNv2
+from ncsn.sde import VP
 from ncsn.toy import Mixture
 from tests.ncsn.golden import official, recorded, toy
 
@@ -248,15 +249,34 @@ def test_no_step_reads_values_back_from_the_device(name):
     with torch.device("meta"):
         arguments = {"sigmas": sigmas} if issubclass(NETWORKS[name], NCSN) else {}
         network = NETWORKS[name](channels=3, width=8, **arguments).to("meta")
+        x, index = torch.empty(4, 3, 8, 8), torch.empty(4, dtype=torch.int64)
+    p = random.seeded_noise(0, index)
+    out = samplers.annealed_langevin(network, x, sigmas, epsilon=1e-3, steps_per_level=1, noise=p)
+    assert (out.shape, out.device.type) == (x.shape, "meta")
+
+
+def test_nothing_beside_the_network_reads_values_back_either():
+    """Likewise, with a score that costs nothing."""
+    sigmas = torch.tensor([1.0, 0.5, 0.1])
+    with torch.device("meta"):
         x, mask = torch.empty(4, 3, 8, 8), torch.empty(8, 8, dtype=torch.bool)
         index, angle = torch.empty(4, dtype=torch.int64), torch.empty(4)
     p, q, known = (random.seeded_noise(0, index, stream) for stream in (random.STEP, random.OTHER_END, random.KNOWN))
-    options = {"steps_per_level": 2, "noise": samplers.interpolated(p, q, angle)}
+
+    def score(x, sigma):
+        return -x / sigma.view(-1, 1, 1, 1) ** 2
+
+    drawn = [samplers.langevin(score, x, epsilon=0.1, steps=2, sigma=0.1, noise=p)]
+    options = {"noise": samplers.interpolated(p, q, angle)}
     for project in (samplers.inpainting(x, mask, known), samplers.colourisation(x, known)):
+        options["project"] = project
         for size in ({"step_rule": noise.snr_rule(0.1)}, {"epsilon": 1e-3}):
-            out = samplers.annealed_langevin(network, x, sigmas, project=project, **size, **options)
-            assert (out.shape, out.device.type) == (x.shape, "meta")
-    assert samplers.langevin(network, x, epsilon=0.1, steps=2, sigma=0.1, noise=p).device.type == "meta"
+            drawn.append(samplers.annealed_langevin(score, x, sigmas, steps_per_level=2, **size, **options))
+        drawn.append(samplers.consistent_annealed_langevin(score, x, sigmas, epsilon=0.1**2, **options))
+        drawn += [samplers.probability_flow(score, x, sigmas, solver=each, **options) for each in samplers.SOLVERS]
+        for corrector in (None, noise.snr_rule(0.1)):
+            drawn.append(samplers.predictor_corrector(score, x, VP(), steps=30, corrector=corrector, **options))
+    assert {(each.shape, each.device.type) for each in drawn} == {(x.shape, "meta")}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -138,15 +138,16 @@ def test_workers_are_compared():
 
 
 @pytest.mark.usefixtures("one_cluster")
-def test_all_is_well_here(workdir, params, capsys):
+def test_all_is_well_here(workdir, params, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:  # in an empty folder
-        doctor.main(params)
+        doctor.main(params, as_json=True)
     assert ended.value.code == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [text.split()[1] for text in lines if text.startswith(PROBLEM)] == ["dvc"]
-    assert lines[-1].startswith("ok       workers     1 on ")
-    subprocess.run(["dvc", "init", "-q", "--no-scm"], check=True)
-    doctor.main(params, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert {each["what"] for each in found} >= {"python", "packages", "storage", "mlflow", "data", "ray", "workers"}
-    assert PROBLEM not in {each["state"] for each in found}
+    assert [each["what"] for each in found if each["state"] == PROBLEM] == ["dvc"]
+    subprocess.run(["dvc", "init", "-q", "--no-scm"], check=True)
+    monkeypatch.delitem(doctor.CHECKS, "ray")  # once is enough: it starts Ray Train
+    doctor.main(params)
+    lines = capsys.readouterr().out.splitlines()
+    assert [text.split()[1] for text in lines][:2] == ["python", "git"]
+    assert not any(text.startswith(PROBLEM) for text in lines)

@@ -60,12 +60,16 @@ def test_bits_of_gaussian_pixels(compose_params, noise, space):
 
 
 def test_bits_of_pixels_that_do_not_know_of_each_other():
-    """Two values are always 7, of which 30 of 30 were seen; the other two are 7 and 9 by turns."""
+    """Two values are always 7, of which 30 of 30 were seen; the other two are 7 and 9 by turns. With as little blur as
+    between two bytes, of which the density at a byte itself is 1 / (sqrt(2 pi) blur); with much, of that alone."""
     x = np.full((30, 1, 2, 2), 7, np.uint8)
     x[::2, 0, 1] = 9
     seen = [31 / 286] * 2 + [16 / 286] * 2
-    assert likelihood.independent_bits(x, x[:2]) == pytest.approx(-np.log2(seen).mean())
-    assert likelihood.independent_bits(x, x[:2] + 1) == pytest.approx(-np.log2(1 / 286))
+    little, peak = 1 / 256 / 10, 256 * 10 / math.sqrt(2 * math.pi)
+    assert likelihood.independent_bits(x, x[:2], little) == pytest.approx(8 - np.log2(np.multiply(seen, peak)).mean())
+    assert likelihood.independent_bits(x, x[:2] + 1, little) == pytest.approx(8 - np.log2(peak / 286))
+    wide = likelihood.independent_bits(x, x[:2], 5.0)
+    assert wide == pytest.approx(8 + np.log2(5 * math.sqrt(2 * math.pi)), abs=0.01)
 
 
 def test_what_has_no_flow_or_no_volume_is_refused(compose_params):
