@@ -154,9 +154,11 @@ class _Pool:
 
 
 def main(params: _params.Params, *, n: int, passes: int, probes: int, tolerance: float) -> None:
-    for name, value in (("n", n - 1), ("passes", passes), ("probes", probes), ("tolerance", tolerance)):
-        if not value > 0:
-            raise StageError(f"--{name}: expected {'at least 2 images' if name == 'n' else 'a number > 0'}")
+    if n < 2:
+        raise StageError(f"--n {n}: expected at least 2 images")
+    for name, value in (("passes", passes), ("probes", probes), ("tolerance", tolerance)):
+        if not 0 < value < math.inf:
+            raise StageError(f"--{name} {value:g}: expected a number > 0")
     base = sample.make_sampler(dataclasses.replace(params, sample=by_langevin(params.sample)), "ema")
     check(base)
     seed = params.evaluate.seed

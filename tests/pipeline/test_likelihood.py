@@ -127,7 +127,7 @@ def test_the_stage_judges_and_goes_on_where_it_stopped(trained, monkeypatch):
 
 
 def test_settings_that_cannot_be_are_refused(params):
-    with pytest.raises(StageError, match="--n: expected at least 2 images"):
+    with pytest.raises(StageError, match="--n 1: expected at least 2 images"):
         likelihood.main(params, n=1, passes=1, probes=1, tolerance=1e-3)
-    with pytest.raises(StageError, match="--tolerance: expected a number > 0"):
+    with pytest.raises(StageError, match="--tolerance 0: expected a number > 0"):
         likelihood.main(params, n=2, passes=1, probes=1, tolerance=0.0)
