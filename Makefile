@@ -21,8 +21,8 @@ repro: setup ## Run the graph: digits in, drawn digits, FID, report and an MLflo
 	dvc repro
 	@echo "Look at out/report.html, or compare runs with: make ui"
 
-figures: setup ## Draw the papers' figures and the frontier of samplers; runs what they need of the graph
-	dvc repro $(addprefix sweeps/dvc.yaml:,figures strips frontier)
+figures: setup ## Draw the papers' figures and the frontier of samplers, tell bits; runs what they need of the graph
+	dvc repro $(addprefix sweeps/dvc.yaml:,figures strips frontier likelihood)
 
 test: check ## Run every check: linters, types, import contracts, tests
 	pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
