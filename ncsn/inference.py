@@ -84,10 +84,11 @@ def activation_bytes(network: nn.Module, shape: Sequence[int]) -> int:
     """The most bytes that one image's activations take at the same time in an evaluation in float32, without one.
 
     Args:
-        network: s(x, sigma), on the device "meta".
+        network: s(x, sigma), on any device; on "meta" it computes nothing, but torch imports its compiler for that.
         shape: Of an image, (C, H, W).
     """
-    x, sigma = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    device = next(network.parameters()).device
+    x, sigma = torch.zeros(1, *shape, device=device), torch.ones(1, device=device)
     with torch.no_grad(), _Live([*network.parameters(), *network.buffers(), sigma]) as live:
         network.eval()(x, sigma)
     return live.peak + x.nbytes

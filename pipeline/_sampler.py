@@ -322,9 +322,7 @@ class Model:
             free = torch.cuda.mem_get_info(self.device)[0] * self.runtime.gpus_per_actor
         else:
             free = psutil.virtual_memory().available / (self.runtime.actors or len(os.sched_getaffinity(0)))
-        with torch.device("meta"):
-            twin = train.build(self.network).to("meta")  # with what was made of numbers
-        return micro_batch(int(free), activation_bytes(twin, shape), n)
+        return micro_batch(int(free), activation_bytes(self.score.network, shape), n)
 
 
 class Drawer:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ncsn import images, random, samplers
@@ -235,7 +236,7 @@ def initial_network(network: dict[str, Any], seed: int) -> ScoreNetwork:
 def check(network: dict[str, Any], shape: list[int]) -> None:
     """Raise StageError if the network cannot be built or cannot take images of this shape, (C, H, W)."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Blank():
             multiple = build(network).multiple
     except ValueError as error:
         raise StageError(f"model.name={network['name']}: {error}") from error
@@ -244,6 +245,13 @@ def check(network: dict[str, Any], shape: list[int]) -> None:
             f"data.resolution: the images are {shape[1]}x{shape[2]}, but model.name={network['name']} takes sides that "
             f"are multiples of {multiple} alone; set data.resolution to one (data=image_folder) or take another model"
         )
+
+
+class _Blank(TorchFunctionMode):
+    """Within it no random numbers are drawn: on the meta device torch would import its compiler for them, a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **(kwargs or {}))
 
 
 def objective(loss: _params.Loss) -> Objective:
