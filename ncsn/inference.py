@@ -84,7 +84,7 @@ def activation_bytes(network: nn.Module, shape: Sequence[int]) -> int:
     """The most bytes that one image's activations take at the same time in an evaluation in float32, without one.
 
     Args:
-        network: s(x, sigma), on any device; on "meta" it computes nothing, but torch imports its compiler for that.
+        network: s(x, sigma), on any device; on "meta" nothing is computed.
         shape: Of an image, (C, H, W).
     """
     device = next(network.parameters()).device
@@ -114,6 +114,10 @@ class _Live(TorchDispatchMode):
         self.now = self.peak = 0
         self.known = {id(other.untyped_storage()): other.untyped_storage() for other in others}
         self.alive: set[int] = set(self.known)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to keep torch.compile out of the counting torch would import it, which takes a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
