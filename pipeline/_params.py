@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 SDE_NETWORKS = ("ncsnpp", "ddpmpp", "ddpm")
+METHODS = "annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "rk45", "predictor_corrector"
 OF_SDES = ("blocks", "attention", "dropout")  # what these alone have
 
 
@@ -194,9 +195,7 @@ class Sample:
     n: int = _whole(1)
     ranges: int = _whole(1)
     shard_size: int = _whole(1)
-    method: str = _one_of(
-        *("annealed_langevin", "consistent", "euler", "heun", "dpmpp", "dpmpp_sde", "rk45", "predictor_corrector")
-    )
+    method: str = _one_of(*METHODS)
     steps: int | None = _whole(2)
     sigma_1: float | None = _positive()
     predictor: str = _one_of("euler_maruyama", "reverse_diffusion", "ancestral")

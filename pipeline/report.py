@@ -34,6 +34,7 @@ DRAWN_BY = {
     "heun": "Heun steps of the probability flow",
     "dpmpp": "DPM-Solver++ steps of the probability flow",
     "dpmpp_sde": "DPM-Solver++ steps of the reverse SDE",
+    "rk45": "Runge-Kutta steps of the probability flow",
     "predictor_corrector": "a predictor and corrector of the reverse SDE",
 }
 OUT = Path("out/report.html")

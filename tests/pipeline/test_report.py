@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline import _extractors, _page, evaluate, features, prepare, report, sample, schedule, train
-from pipeline._params import Params
+from pipeline._params import METHODS, Params
 from pipeline._pictures import grid_picture, save_gif, save_png
 from pipeline._stage import StageError
 from pipeline._store import read_json, replacing_folder, sha256, write_json, write_text
@@ -301,6 +301,10 @@ def test_settings_versions_and_hashes(page: str, params: Params) -> None:
         assert f"<code>{digest}</code>" in page
     assert "out/data 0123abcd.dir" in content
     assert "deadbeef" not in content  # of the report before this one
+
+
+def test_every_sampler_has_words():
+    assert set(report.DRAWN_BY) == set(METHODS)
 
 
 def test_without_metrics_the_reason_is_shown(params: Params, compose_params: Compose, workdir: Path) -> None:
