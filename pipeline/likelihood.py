@@ -6,8 +6,9 @@ uniformly, so the bits bound those of the bytes themselves (arXiv:1511.01844). T
 training images: where the latter have fewer bits, the network remembers them. Beside them stand the bits of pixels that
 do not know of each other, each with its histogram over the training images.
 
-The density is that at sigma_L, blurred by so much: no image has less than log2(256 sqrt(2 pi) sigma_L) bits, 5.0 with
-the 0.05 of digits, so bits can be compared for one sigma_L alone. noise.sigma_L=0.01, or less, is for this.
+The density is that at sigma_L, blurred by so much: by an exact score no image would have less than
+log2(256 sqrt(2 pi) sigma_L) bits, 5.0 with the 0.05 of digits. So bits can be compared for one sigma_L alone;
+noise.sigma_L=0.01, or less, is for this.
 
 Reads out/data, out/schedule, out/select, out/train; writes out/likelihood: likelihood.json (each number with what it
 was computed from), likelihood.png. Image i is judged in the same way on any worker; finished blocks wait in

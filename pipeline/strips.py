@@ -100,8 +100,10 @@ def colourisation(drawer: Drawer, path: Path, *, rows: int = 8, times: int = 6) 
 def guided_classes(
     drawer: Drawer, classes: list[str], path: Path, *, columns: int = 10, scale: float = 4.0, most: int = 10
 ) -> dict[str, Any]:
-    """A row of images for each of the first classes, drawn by the classifier's gradient from the noise of the samples,
-    which is taken `scale` times as it is too short where only noise is to be seen.
+    """A row of images for each of the first classes, drawn by the classifier's gradient from the noise of the samples.
+
+    The gradient is taken `scale` times, as it is short where little but noise is to be seen, and not through the
+    network, whose derivative may be far from right: Langevin steps with it diverge for an NCSNv2.
 
     Measured is the share of images of the class that was asked for: by the classifier itself, which has led there; and
     by the nearest training image (Euclidean distance of pixels), which has not, and errs where the data's classes are
@@ -112,14 +114,15 @@ def guided_classes(
     label = torch.arange(rows, device=drawer.device).repeat_interleave(columns)
     index = torch.arange(columns, device=drawer.device).repeat(rows)
     classifier = features.load_classifier().to(drawer.device)
-    x = of_classes(drawer, classifier, index, label, scale)
-    plain = draw(drawer, index[:columns], random.seeded_noise(drawer.sampler.seed, index[:columns]), "classes")
-    plate(rgb(x).unflatten(0, (rows, columns)), [str(k + 1) for k in range(columns)], path, classes[:rows])
     test, answers = features.labelled("test")
     every = max(1, len(test) // 500)
     real = images.to_float(torch.from_numpy(np.array(test[::every])))
+    spread = float(drawer.to_space(real).std())
+    x = of_classes(drawer, classifier, index, label, scale=scale, spread=spread)
+    plain = draw(drawer, index[:columns], random.seeded_noise(drawer.sampler.seed, index[:columns]), "classes")
+    plate(rgb(x).unflatten(0, (rows, columns)), [str(k + 1) for k in range(columns)], path, classes[:rows])
     return {
-        "settings": {"classes": classes[:rows], "images": columns, "scale": scale},
+        "settings": {"classes": classes[:rows], "images": columns, "scale": scale, "spread": spread},
         "measured": {
             "by_the_classifier": share(classifier(x).argmax(1), label),
             "by_the_nearest_image": share(labels_of_nearest(x), label),
@@ -129,15 +132,17 @@ def guided_classes(
     }
 
 
-def of_classes(drawer: Drawer, classifier: torch.nn.Module, index: Tensor, label: Tensor, scale: float) -> Tensor:
-    """Images in [0, 1] with these numbers of classes with these numbers, both of shape (N,)."""
-    network: Score = drawer.model.score.network
+def of_classes(
+    drawer: Drawer, classifier: torch.nn.Module, index: Tensor, label: Tensor, *, scale: float, spread: float
+) -> Tensor:
+    """Images in [0, 1] with these numbers of classes with these numbers, both of shape (N,); see `ncsn.guidance`."""
 
     def log_prob(x: Tensor) -> Tensor:
         logits = classifier(drawer.to_pixels(x))
         return logits.log_softmax(1).gather(1, label[:, None])[:, 0]
 
-    score = guidance.guided(network, guidance.of_denoised(network, log_prob), scale=scale)
+    network = drawer.model.score
+    score = guidance.guided(network, guidance.of_denoised(network, log_prob, spread=spread), scale=scale)
     return draw(drawer, index, random.seeded_noise(drawer.sampler.seed, index), "classes", score=score)
 
 

@@ -58,6 +58,25 @@ def test_a_classifier_of_images_guides_through_what_x_is_expected_to_be():
     assert float((clean(drawn).exp() > 0.5).double().mean()) > 0.95
 
 
+def test_with_a_spread_the_derivative_is_that_of_gaussian_data():
+    """For them it is the one through the score, which then need not be differentiable."""
+    spread = 0.6
+
+    def gaussian(x, sigma):
+        return -x / (spread**2 + sigma[:, None] ** 2)
+
+    def clean(x):
+        return x.sin().sum(1)
+
+    x, sigma = torch.tensor([[0.3, 0.1], [2.0, -1.0]]).double(), torch.tensor([0.7, 0.01]).double()
+    through, without = (
+        guidance.guided(gaussian, guidance.of_denoised(score, clean, spread=each))(x, sigma)
+        for score, each in ((gaussian, None), (lambda x, sigma: gaussian(x, sigma).detach(), spread))
+    )
+    assert torch.allclose(through, without)
+    assert not torch.allclose(through, gaussian(x, sigma))
+
+
 def test_a_negative_scale_is_refused():
     with pytest.raises(ValueError, match="expected a finite scale >= 0, got -1"):
         guidance.guided(MIXTURE.score, of_the_second, scale=-1)

@@ -104,10 +104,10 @@ class Brightness(torch.nn.Module):
 def test_a_classifier_leads_to_its_class(drawer):
     """From the same noise: brighter images where the bright class is asked for, in every space."""
     index, label = torch.arange(6).repeat(2), torch.arange(2).repeat_interleave(6)
-    x = strips.of_classes(drawer, Brightness(), index, label, scale=1.0)
+    x = strips.of_classes(drawer, Brightness(), index, label, scale=1.0, spread=0.3)
     dark, bright = x.mean((1, 2, 3)).view(2, 6)
     assert (bright > dark).all()
-    unguided = strips.of_classes(drawer, Brightness(), index, label, scale=0.0)
+    unguided = strips.of_classes(drawer, Brightness(), index, label, scale=0.0, spread=0.3)
     plain = drawer.pixels(torch.arange(6)).clamp(0, 1)
     assert torch.allclose(unguided, plain.repeat(2, 1, 1, 1), atol=1e-3)
 
