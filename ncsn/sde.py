@@ -250,6 +250,26 @@ def noise_prediction(
     return score
 
 
+def at_nearest_level(network: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The score at any level, (sigma_i / sigma)^2 s(x, sigma_i), of a network that knows none but its own, as NCSN.
+
+    sigma_i is the nearest of them by ratio. The image x + sigma^2 s that x is expected to be is that of sigma_i, so
+    the score is right as far as that changes little from a level to the next. With it such networks are trained and
+    drawn from under VE in continuous time.
+
+    Args:
+        network: s(x, sigma) for sigma of `sigmas`.
+        sigmas: Its levels, shape (L,), on the device of x.
+    """
+
+    def score(x: Tensor, sigma: Tensor) -> Tensor:
+        nearest = sigmas[(sigma.double()[:, None] / sigmas).log().abs().argmin(1)].to(sigma.dtype)
+        ratio = (nearest / sigma).view(-1, *[1] * (x.ndim - 1))
+        return ratio**2 * network(x, nearest)
+
+    return score
+
+
 def _number(t: Tensor, steps: int) -> Tensor:
     """The number of the step at time t, floor(t (N - 1))."""
     return (t.double() * (steps - 1)).long()
