@@ -280,8 +280,8 @@ def test_order_of_euler_maruyama(name):
 
 @pytest.mark.parametrize("name", ["ncsn", "ncsnv2"])
 def test_networks_of_2019_and_2020_train_and_draw_under_ve(name):
-    """As they are, NCSN told its nearest level: the loss in continuous time falls far below that of a zero score, D / 2,
-    and what the samplers of 2021 draw is nearer to the one image there is than a grey one is, 0.3."""
+    """As they are, NCSN told its nearest level: the loss in continuous time falls well below a zero score's, D / 2, and
+    what the samplers of 2021 draw is nearer to the one image there is than a grey one is, 0.3."""
     torch.manual_seed(0)
     sde, image = VE(0.1, 2.0), torch.tensor([[0.2, 0.8], [0.8, 0.2]]).repeat(2, 2)[None]
     sigmas = noise.geometric_sigmas(2.0, 0.1, 12)
