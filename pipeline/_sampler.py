@@ -345,15 +345,17 @@ class Drawer:
 
     def draw(self, index: Tensor) -> Tensor:
         """Images with these numbers, uint8, shape (B, C, H, W), on the CPU; as many at once as memory allows."""
-        counts: dict[int, int] = {}
+        counts: list[int] = []
 
         def draw(part: Tensor) -> Tensor:
+            if part[0] == index[0]:  # the first part, perhaps of another try in smaller ones
+                counts.clear()
             x = images.to_uint8(self.pixels(part)).cpu()
-            counts[int(part[0])] = self.evaluations
+            counts.append(self.evaluations)
             return x
 
         x = self.model(draw, index, self.sampler.shape)
-        self.evaluations = sum(counts.values())
+        self.evaluations = sum(counts)
         return x
 
     def start(self, index: Tensor, noise: samplers.Noise) -> Tensor:

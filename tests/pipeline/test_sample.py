@@ -258,6 +258,22 @@ def test_methods_take_as_many_evaluations_as_they_say(
         made.pixels(torch.arange(2))
 
 
+def test_evaluations_are_counted_once_however_often_memory_runs_out(sampler, weights, runtime):
+    few = Drawer.of(sampler, weights, dataclasses.replace(runtime, micro_batch=5))
+    pixels, tried = few.pixels, []
+
+    def scarce(index):
+        tried.append(len(index))
+        if len(index) > 3 and index[0] > 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return pixels(index)
+
+    few.pixels = scarce
+    few.draw(torch.arange(14))
+    assert tried == [5, 5, 3, 3, 3, 3, 2]
+    assert few.evaluations == 14 * sampler.nfe
+
+
 def test_rk45_counts_the_evaluations_of_each_image(compose_params, sampler, weights, runtime):
     """The same in any batch, in the shard's note and as a mean in the manifest; a looser tolerance takes fewer."""
     section = compose_params("experiment=tiny", "sample=ode", "sample.steps=4").sample
