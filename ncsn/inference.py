@@ -80,15 +80,16 @@ class Evaluator:
         return graph, x, sigma, score
 
 
-def activation_bytes(network: nn.Module, shape: Sequence[int]) -> int:
+def activation_bytes(network: nn.Module, shape: Sequence[int], level: float = 1.0) -> int:
     """The most bytes that one image's activations take at the same time in an evaluation in float32, without one.
 
     Args:
         network: s(x, sigma), on any device; on "meta" nothing is computed.
         shape: Of an image, (C, H, W).
+        level: A noise level that the network knows.
     """
     device = next(network.parameters()).device
-    x, sigma = torch.zeros(1, *shape, device=device), torch.ones(1, device=device)
+    x, sigma = torch.zeros(1, *shape, device=device), torch.full((1,), level, device=device)
     with torch.no_grad(), _Live([*network.parameters(), *network.buffers(), sigma]) as live:
         network.eval()(x, sigma)
     return live.peak + x.nbytes

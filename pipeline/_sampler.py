@@ -291,10 +291,10 @@ class Model:
     def __init__(self, network: dict[str, Any], weights: bytes, precision: str, runtime: _params.Runtime) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network, self.precision, self.runtime = network, precision, runtime
-        built = train.build(network)
-        built.load_state_dict(load(weights))
+        self.module = train.build(network)
+        self.module.load_state_dict(load(weights))
         self.score = Evaluator(
-            built.to(self.device), precision=precision, compile=runtime.compile, cuda_graph=runtime.cuda_graphs
+            self.module.to(self.device), precision=precision, compile=runtime.compile, cuda_graph=runtime.cuda_graphs
         )
         self.most = runtime.micro_batch
 
@@ -322,7 +322,8 @@ class Model:
             free = torch.cuda.mem_get_info(self.device)[0] * self.runtime.gpus_per_actor
         else:
             free = psutil.virtual_memory().available / (self.runtime.actors or len(os.sched_getaffinity(0)))
-        return micro_batch(int(free), activation_bytes(self.score.network, shape), n)
+        level = self.network.get("sigmas", [1.0])[0]
+        return micro_batch(int(free), activation_bytes(self.module, shape, level), n)
 
 
 class Drawer:

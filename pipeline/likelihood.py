@@ -106,7 +106,7 @@ class Judge:
         """
         reverse, shape = Reverse.of(self.base.schedule), pixels.shape[1:]
         to_space, _ = images.SPACES[self.base.space]
-        network = reverse.score(model.score.network)
+        network = reverse.score(model.module)
         # The splits have numbers of their own, so that no test image shares its noise with a training image.
         number = rows + SPLITS.index(split) * 2**32
         found = []

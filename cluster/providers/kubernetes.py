@@ -223,21 +223,26 @@ class ExecCommands(Commands):
             binary=True,
             _preload_content=False,
         )
+
+        def pass_on() -> None:
+            if some := call.read_stdout(0):
+                (sink or sys.stdout.buffer).write(some)
+                sys.stdout.flush()
+                heard(len(some))
+            if some := call.read_stderr(0):
+                sys.stderr.write(some.decode(errors="replace"))
+
         try:
             while source and (some := source.read(CHUNK)):
                 call.write_stdin(some)
             last = time.monotonic()
             while call.is_open():
                 call.update(timeout=1)
-                if some := call.read_stdout(0):
-                    (sink or sys.stdout.buffer).write(some)
-                    sys.stdout.flush()
-                    heard(len(some))
-                if some := call.read_stderr(0):
-                    sys.stderr.write(some.decode(errors="replace"))
+                pass_on()
                 if time.monotonic() - last > PING:
                     call.sock.ping()
                     last = time.monotonic()
+            pass_on()  # to look for one stream's pieces takes in the other's, perhaps with the end of the connection
             if not call.peek_channel(ERROR_CHANNEL):
                 raise ConnectionError(f"the connection to {self.place()} is lost")
             return int(call.returncode)

@@ -104,6 +104,16 @@ def test_a_node_has_tags_that_others_see(cloud):
     assert len(token.read_text()) == 32
 
 
+def test_no_output_is_lost_at_the_end(cloud):
+    """The last pieces of two streams come together with the exit code, and with the end of the connection."""
+    provider = cloud.provider()
+    _, runner = _head(cloud, provider)
+    for _ in range(10):
+        told = runner.run("head -c 300000 /dev/zero | tr '\\0' x; echo end >&2; printf last", with_output=True)
+        assert len(told.replace("end\n", "")) == 300_004
+        assert told.endswith(("last", "end\n"))
+
+
 def test_commands_files_and_exit_codes_pass(cloud, tmp_path, capfd):
     provider = cloud.provider()
     node, runner = _head(cloud, provider)

@@ -52,7 +52,7 @@ def test_bits_of_gaussian_pixels(compose_params, noise, space):
     def network(x, sigma):
         return (mean - x) / (std**2 + sigma.view(-1, 1, 1, 1) ** 2)
 
-    found = judge.bits(SimpleNamespace(score=SimpleNamespace(network=network)), "test", rows, pixels)
+    found = judge.bits(SimpleNamespace(module=network), "test", rows, pixels)
     x = (pixels.double() + 0.5) / 256
     exact = torch.distributions.Normal(MEAN, math.hypot(STD, 0.02)).log_prob(x).flatten(1).mean(1)
     assert torch.allclose(found[:, 0], 8 - exact / math.log(2), atol=0.03)
