@@ -141,9 +141,9 @@ class _Pool:
             rows, source = self.judge.chosen[split][first:last], self.data[split].open()
 
             def bits(part: Tensor) -> Tensor:
-                pixels = torch.from_numpy(np.array(source[rows[part.numpy()]])).to(model.device)
-                number = torch.from_numpy(rows)[part].to(model.device)
-                return self.judge.bits(model, split, number, pixels).cpu()
+                some = rows[part.numpy()]
+                pixels = torch.from_numpy(np.array(source[some])).to(model.device)
+                return self.judge.bits(model, split, torch.tensor(some, device=model.device), pixels).cpu()
 
             try:
                 found = model(bits, torch.arange(len(rows)), base.shape)
