@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ncsn import images
 from pipeline import _params, _stage, _track, prepare
@@ -162,8 +161,9 @@ def train_classifier(x: np.ndarray, labels: np.ndarray, classes: int, settings: 
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
     order = data_order(len(x), settings.steps, settings.batch_size, generator)
-    with one_thread(), torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
-        for step, rows in enumerate(tqdm(order, unit="step", desc="classifier")):
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False)
+    with one_thread(), exact, _stage.progress(settings.steps, "step", "classifier") as bar:
+        for step, rows in enumerate(order):
             batch = images.to_float(torch.from_numpy(x[rows.numpy()])).to(device)
             loss = F.cross_entropy(network(batch), torch.from_numpy(labels[rows.numpy()]).to(device))
             if not loss.isfinite():
@@ -175,6 +175,7 @@ def train_classifier(x: np.ndarray, labels: np.ndarray, classes: int, settings: 
             loss.backward()
             optimiser.step()
             schedule.step()
+            bar.update()
     return network.eval()
 
 
