@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from ncsn import guidance, images, random, samplers
 from ncsn.losses import Score
@@ -229,7 +228,7 @@ def draw(
 ) -> Tensor:
     """Images in [0, 1] by the sampler of the stage `sample`, with this noise, projection and score."""
     s = drawer.sampler
-    with tqdm(total=s.steps, unit="step", desc=what, mininterval=1) as bar:
+    with _stage.progress(s.steps, "step", what) as bar:
 
         def observe(x: Tensor, step: int, sigma: float) -> None:
             bar.update()
