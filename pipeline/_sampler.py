@@ -28,7 +28,7 @@ CODE = (
     *("ncsn/networks", "ncsn/samplers.py", "ncsn/random.py", "ncsn/noise.py", "ncsn/images.py", "ncsn/inference.py"),
     *("ncsn/ode.py", "ncsn/sde.py", "pipeline/_sampler.py"),
 )
-FLOWS = (*samplers.SOLVERS, "rk45")  # methods that lead from level to level
+SOLVED = (*samplers.SOLVERS, "rk45")  # methods that lead from level to level
 T_MIN = 1e-5  # where the reverse of VE ends
 
 
@@ -153,7 +153,7 @@ def route(
     those of the SDE at equal times, with two evaluations at each where there is a corrector. They have no epsilon.
     """
     if steps is None:
-        return {**levels, "steps_per_level": 1, "epsilon": None} if method in FLOWS else dict(levels)
+        return {**levels, "steps_per_level": 1, "epsilon": None} if method in SOLVED else dict(levels)
     if method == "predictor_corrector":
         reverse = Reverse.of(levels)
         times = torch.linspace(1, reverse.t_min, steps, dtype=torch.float64)
@@ -200,7 +200,10 @@ def of_model(params: _params.Params, model: dict[str, Any], weights: str, sha256
         )
     if params.sample.method == "rk45" and "sigmas" in model["network"]:
         name = model["network"]["name"]
-        raise StageError(f"sample.method=rk45 asks for any level, but the {name} in out/train knows none but its own")
+        raise StageError(
+            f"sample.method=rk45 asks for any level, but the {name} in out/train knows none but its own: draw by "
+            "sample=heun with sample.steps=null, or train another network"
+        )
     if params.sample.method == "consistent" and "sigmas" in model["network"] and levels["steps_per_level"] > 1:
         raise StageError(
             f"sample.method=consistent with noise.steps_per_level={levels['steps_per_level']} puts levels between "

@@ -103,7 +103,8 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     """
     splits, levels, p = prepare.manifest()["splits"], schedule.load(), params.train
     workers, slots = _ray.most(params.runtime.workers), _slots()
-    nfe = evaluations(params.sample.method, of_section(params.sample, levels), params.sample.denoise) or OF_RK45
+    known = evaluations(params.sample.method, of_section(params.sample, levels), params.sample.denoise)
+    nfe, about = known or OF_RK45, "" if known else "about "
     yardstick = min(params.sample.n, splits["test"]["n"], sample.YARDSTICK)
 
     log.info("timing training")
@@ -130,7 +131,7 @@ def estimate(params: _params.Params) -> dict[str, Any]:
     if params.select.rule == "fid":
         drawn[f"select: {kept} times {params.select.n:,} images"] = [params.select.n] * kept
     for n in (params.sample.n, MANY):
-        drawn[f"sample: {n:,} images, NFE {nfe:,}"] = [n, yardstick]
+        drawn[f"sample: {n:,} images, NFE {about}{nfe:,}"] = [n, yardstick]
     for name, images in drawn.items():
         shards = sum(-(-n // params.sample.shard_size) for n in images)
         one, all_of_them = (-(-shards // (slots * count)) * nfe * drawing.step for count in (1, workers))

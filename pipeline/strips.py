@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ncsn import guidance, images, random, samplers
 from ncsn.losses import Score
-from pipeline import _params, _stage, features, prepare, sample
+from pipeline import _neighbours, _params, _stage, features, prepare, sample
 from pipeline._pictures import STYLE
 from pipeline._sampler import Drawer
 from pipeline._stage import StageError, log
@@ -116,12 +116,12 @@ def guided_classes(
     test, answers = features.labelled("test")
     every = max(1, len(test) // 500)
     real = images.to_float(torch.from_numpy(np.array(test[::every])))
-    spread = float(drawer.to_space(real).std())
-    x = of_classes(drawer, classifier, index, label, scale=scale, spread=spread)
+    std = float(drawer.to_space(real).std())
+    x = of_classes(drawer, classifier, index, label, scale=scale, spread=std)
     plain = draw(drawer, index[:columns], random.seeded_noise(drawer.sampler.seed, index[:columns]), "classes")
     plate(rgb(x).unflatten(0, (rows, columns)), [str(k + 1) for k in range(columns)], path, classes[:rows])
     return {
-        "settings": {"classes": classes[:rows], "images": columns, "scale": scale, "spread": spread},
+        "settings": {"classes": classes[:rows], "images": columns, "scale": scale, "spread": std},
         "measured": {
             "by_the_classifier": share(classifier(x).argmax(1), label),
             "by_the_nearest_image": share(labels_of_nearest(x), label),
@@ -148,13 +148,9 @@ def of_classes(
 def labels_of_nearest(x: Tensor) -> Tensor:
     """Labels of the training images that are nearest to images in [0, 1], int64, shape (N,), on the CPU."""
     data, labels = features.labelled("train")
-    flat, best = x.flatten(1).cpu(), []
-    for first in range(0, len(data), 5000):  # in little memory
-        block = images.to_float(torch.from_numpy(np.array(data[first : first + 5000]))).flatten(1)
-        best.append(torch.cdist(flat, block).min(1))
-    block = torch.stack([found.values for found in best]).argmin(0)
-    within = torch.stack([found.indices for found in best]).gather(0, block[None])[0]
-    return torch.from_numpy(np.array(labels))[block * 5000 + within]
+    queries = 255 * x.cpu().numpy()
+    found = _neighbours.nearest(queries, queries, data, np.arange(len(data)), k=1)  # no mirror: a 2 is no 5
+    return torch.from_numpy(labels[found.index[:, 0]])
 
 
 def share(found: Tensor, expected: Tensor) -> float:

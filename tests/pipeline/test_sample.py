@@ -322,6 +322,9 @@ def test_a_network_with_levels_of_its_own_is_solved_at_these_alone(compose_param
         of_model(params, model, "ema", "", 1, 0)
     own = compose_params("experiment=tiny", "model=ncsn", "sample=dpmpp", "sample.steps=null")
     assert of_model(own, model, "ema", "", 1, 0).schedule["sigmas"] == levels["sigmas"]
+    between = compose_params("experiment=tiny", "model=ncsn", "sample=ode", "sample.steps=null")
+    with pytest.raises(StageError, match=r"sample.method=rk45 asks for any level, .* draw by sample=heun with"):
+        of_model(between, model, "ema", "", 1, 0)
 
 
 def test_the_consistent_method_draws_other_images_in_fewer_evaluations(sampler, weights, runtime, drawer):
