@@ -13,6 +13,7 @@ precision. The parts are timed one by one, each waited for; the noise beside tor
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -255,7 +256,10 @@ def main() -> None:
     if options.workers:
         from benchmarks import pool_scaling
 
-        report |= pool_scaling.measure(problem, workers=options.workers, steps=options.steps, repeats=options.repeats)
+        with contextlib.redirect_stdout(sys.stderr):  # what Ray tells
+            report |= pool_scaling.measure(
+                problem, workers=options.workers, steps=options.steps, repeats=options.repeats
+            )
     else:
         report |= measure(
             problem,

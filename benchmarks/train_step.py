@@ -13,6 +13,7 @@ the step. Training itself is `ncsn.training.train_step` on the data and draws of
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import itertools
@@ -426,7 +427,8 @@ def main() -> None:
     if options.compare:
         from benchmarks import beside_ddp
 
-        report |= beside_ddp.measure(problem, options.device, workers=options.workers, **count)
+        with contextlib.redirect_stdout(sys.stderr):  # what Ray tells
+            report |= beside_ddp.measure(problem, options.device, workers=options.workers, **count)
     else:
         report |= measure(problem, options.switches, torch.device(options.device), **count)
     print(json.dumps(report, indent=2))

@@ -201,3 +201,23 @@ def test_one_worker_and_two_are_told_side_by_side():
     for kind in ("drawing", "whole"):
         rates = report["evaluations_per_second"][kind]
         assert report["scaling"][kind] == pytest.approx(rates["2"] / rates["1"])
+
+
+@pytest.mark.parametrize(
+    ("script", "other", "flags"),
+    [(SCRIPT, "beside_ddp", ["--compare", "ray"]), (SAMPLING, "pool_scaling", [])],
+    ids=["train", "sample"],
+)
+def test_what_ray_tells_meanwhile_is_not_among_the_numbers(script, other, flags, monkeypatch, capsys):
+    module = _module(script)
+
+    def measure(*arguments, **options):
+        print("(raylet) Task _Actor.ready failed.")
+        return {"workers": options["workers"]}
+
+    monkeypatch.setattr(f"benchmarks.{other}.measure", measure)
+    monkeypatch.setattr(sys, "argv", [str(script), *TINY, *flags, "--workers", "2"])
+    module.main()
+    told = capsys.readouterr()
+    assert json.loads(told.out)["workers"] == 2
+    assert "ready failed" in told.err
