@@ -1,6 +1,7 @@
-"""Feature extractors of torch-fidelity: our classifier, registered there, and Inception, with its file checked first.
+"""Feature extractors: the data set's classifier, and torch-fidelity's Inception, with its file checked first.
 
-Nothing is downloaded here; `pipeline.fetch` gets the weights.
+Nothing is downloaded here; `pipeline.fetch` gets the weights. torch-fidelity knows the classifier by its name after
+`_fidelity.register`.
 """
 
 import functools
@@ -13,10 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor
+from torch import Tensor, nn
 
 from ncsn import images
 from ncsn.metrics import Moments
@@ -32,47 +30,27 @@ INCEPTION_SHA256 = "6726825d"  # how the digest begins; torch-hub files carry it
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 
-class ClassifierExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """The data set's classifier as torch-fidelity wants it: uint8 images (B, 3, H, W) to a tuple of layers.
+class Layers(nn.Module):
+    """The data set's classifier as an extractor.
 
     Args:
-        name: The name it is registered under, as in classifier.json.
-        features_list: Layers to return: "features", "logits".
-        feature_extractor_weights_path: classifier.safetensors, with classifier.json beside it.
-        **kwargs: torch-fidelity's other settings, which mean nothing here.
+        weights: classifier.safetensors, with classifier.json beside it.
 
     Raises:
-        StageError: If the weights are of another extractor or not the ones classifier.json describes.
+        StageError: If the weights are not the ones classifier.json describes.
     """
 
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str | Path, **kwargs: Any
-    ) -> None:
-        super().__init__(name, features_list)
-        path = Path(feature_extractor_weights_path)
-        info = features.manifest(path.parent)
-        if info["extractor"] != name:
-            raise StageError(f"{path} is of {info['extractor']!r}, expected {name!r}")
-        self.channels = info["shape"][0]
-        self.network = features.load_classifier(path)
+    names = "features", "logits"
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.channels = features.manifest(weights.parent)["shape"][0]
+        self.network = features.load_classifier(weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = images.to_float(x[:, : self.channels])
-        pooled = self.network.features(x)
-        layers = {"features": pooled, "logits": self.network.head(pooled)}
-        return tuple(layers[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        """uint8 images (B, 3, H, W) to the layers of `names`; of grey ones the first channel counts."""
+        pooled = self.network.features(images.to_float(x[:, : self.channels]))
+        return pooled, self.network.head(pooled)
 
 
 @dataclass(frozen=True)
@@ -100,8 +78,8 @@ class Extractor:
 
     def layer(self, metric: str) -> str:
         """The layer that torch-fidelity's metric "fid", "kid", "prc" or "isc" is computed in."""
-        name: str = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric(metric)
-        return name
+        name, logits = ("2048", "logits_unbiased") if self.classes is None else Layers.names
+        return logits if metric == "isc" else name
 
     @property
     def files(self) -> list[Path]:
@@ -120,15 +98,22 @@ class Extractor:
             raise StageError(
                 f"{self.weights} has SHA-256 {found}, expected {self.sha256}: it is not opened; {fix} anew"
             )
-        if self.classes is not None:
-            register_classifier(self.name)
         cuda = torch.cuda.is_available()
-        layers = list(dict.fromkeys([self.layer("fid"), self.layer("isc")]))
-        network = create_feature_extractor(
-            self.name, layers, cuda=cuda, feature_extractor_weights_path=str(self.weights), verbose=False
-        )
+        layers = [self.layer("fid"), self.layer("isc")]
+        network: nn.Module
+        if self.classes is not None:
+            network = Layers(self.weights)
+        else:
+            from torch_fidelity.utils import (
+                create_feature_extractor,
+            )  # here: it imports torchvision, which takes seconds
 
-        def features(x: np.ndarray) -> dict[str, Tensor]:
+            network = create_feature_extractor(
+                self.name, layers, cuda=False, feature_extractor_weights_path=str(self.weights), verbose=False
+            )
+        network = network.requires_grad_(False).to("cuda" if cuda else "cpu")
+
+        def of(x: np.ndarray) -> dict[str, Tensor]:
             parts = []
             # Without TensorFloat-32, whose 10 bits would make a GPU's features differ from a CPU's in the third digit.
             with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -137,7 +122,7 @@ class Extractor:
                     parts.append([layer.cpu() for layer in network(batch.cuda() if cuda else batch)])
             return {name: torch.cat(rows) for name, rows in zip(layers, zip(*parts, strict=True), strict=True)}
 
-        return features
+        return of
 
 
 @dataclass(frozen=True)
@@ -271,20 +256,13 @@ def preprocessing(extractor: Extractor, shape: list[int]) -> str:
     return f"uint8, no resize{grey}"
 
 
-def register_classifier(name: str) -> None:
-    """Make a classifier known to torch-fidelity; again is no error."""
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, ClassifierExtractor)
-
-
 def classifier(folder: Path = features.OUT) -> Extractor:
-    """The classifier that the stage `features` trained, registered.
+    """The classifier that the stage `features` trained.
 
     Raises:
         StageError: If it has not been trained.
     """
     info = features.manifest(folder)
-    register_classifier(info["extractor"])
     return Extractor(
         info["extractor"],
         folder / "classifier.safetensors",

@@ -99,6 +99,7 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one a core, which our settings then replace
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         others = set(psutil.Process().children())
         try:
@@ -209,7 +210,7 @@ def share(path: Path, digest: str, runtime: _params.Runtime) -> Shared:
     A local cluster reads the file. On another one it goes through Ray's object store, or, from OBJECT_LIMIT bytes on,
     through runtime.storage, from where each node takes a copy to its disk.
     """
-    if not given_address(runtime) or _here():
+    if _local(runtime):
         return Shared(path=path.resolve())
     if path.stat().st_size < OBJECT_LIMIT:
         return Shared(reference=ray.put(np.load(path)))
@@ -258,6 +259,14 @@ def train(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        """Without the processes that serve data sets of Ray Data, of which there are none, and, on a local cluster, that
+        clear up after a controller that died, which such a cluster does not outlive; each takes two seconds of a core."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            idle = ["DatasetsCallback", *(["PlacementGroupCleanerCallback"] if _local(runtime) else [])]
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
+
     workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
     fewest = workers if isinstance(workers, int) else workers[0]
     if 0 < _gpus() < fewest:
@@ -268,7 +277,7 @@ def train(
         # What a lost node held is asked for once more; after this time the range's lower end has to do.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     with _Post(hear, signals) as post:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _train_worker,
             train_loop_config={
                 "fn": fn,
@@ -656,37 +665,34 @@ def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _quieter() -> Callable[[], None]:
-    """Silences what Ray Train says of guards that a local cluster does not need.
+    """Silences a request for more nodes, which prints a traceback where processes start slowly; a local cluster has none.
 
-    The placement-group cleaner complains each second of a cluster without a dashboard, and fails where it finds another
-    cluster on the machine; the request for more nodes prints a traceback where processes start slowly. The function is
-    a local one so that it is sent by value: by name, each process of the cluster would import this module, and with it
-    torch.
+    The function is a local one so that it is sent by value: by name, each process of the cluster would import this
+    module, and with it torch.
     """
 
     def quiet() -> None:
         import logging
-        import os
 
-        import ray
-
-        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-        for name in ("controller.placement_group_cleaner", "scaling_policy.autoscaling_coordinator_client"):
-            logger = logging.getLogger(f"ray.train.v2._internal.execution.{name}")
-            logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # Ray sets levels anew, later
+        logger = logging.getLogger("ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client")
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # Ray sets levels anew, later
 
     return quiet
 
 
 def address(runtime: _params.Runtime) -> dict[str, str]:
     """The variables by which other programs on this machine find the cluster, within `cluster`."""
-    here = _here() or not given_address(runtime)
-    return {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address), HERE: "1" if here else ""}
+    return {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address), HERE: "1" if _local(runtime) else ""}
 
 
 def _here() -> bool:
     """Whether the cluster at RAY_ADDRESS is a local one, which another program of ours has started."""
     return bool(os.environ.get(HERE))
+
+
+def _local(runtime: _params.Runtime) -> bool:
+    """Whether the cluster is a local one, ours or that of another program of ours."""
+    return _here() or not given_address(runtime)
 
 
 def most(workers: int | tuple[int, ...]) -> int:

@@ -165,11 +165,15 @@ class Run:
 
 
 @contextmanager
-def run(params: _params.Params, *, afterwards: str | None = None, sweep: str | None = None) -> Iterator[Run]:
+def run(
+    params: _params.Params, *, later: bool = False, afterwards: str | None = None, sweep: str | None = None
+) -> Iterator[Run]:
     """Join or start the run of these parameters and this code; it is marked FAILED or KILLED if the body raises.
 
     Args:
         params: Of the stage.
+        later: Leave what is logged for the next stage to send, unless the body raises: for a stage that takes less time
+            than MLflow needs to be imported.
         afterwards: The hash of weights: join the newest run that they were `trained` in, whether or not it has ended,
             and leave its status as it is.
         sweep: A name, for a run of its own that has the trials of this sweep below it.
@@ -179,16 +183,17 @@ def run(params: _params.Params, *, afterwards: str | None = None, sweep: str | N
             answer is only warned about.
     """
     courier = _Courier(params, afterwards, sweep)
-    current = courier.begin()
+    current = courier.begin(later)
     try:
         yield current
     except BaseException as error:
+        later = False
         if afterwards is None:
             current.tags({REASON: _line(error)})
             current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
     finally:
-        courier.close()
+        courier.close(later)
 
 
 class _Courier(threading.Thread):
@@ -209,8 +214,9 @@ class _Courier(threading.Thread):
         self.closing = threading.Event()
         self.away, self.tidy = False, False
 
-    def begin(self) -> Run:
-        """Find or start the run, and send from now on; raises StageError if that cannot be, unless it may be later."""
+    def begin(self, later: bool) -> Run:
+        """Find or start the run, and send from now on, or `later` only note that it has begun; raises StageError if that
+        cannot be, unless it may be later."""
         if not (self.own / "run.json").exists():
             write_json(self.own / "run.json", self.about)
         current = Run(self.uri, str(self.own))
@@ -219,6 +225,8 @@ class _Courier(threading.Thread):
             current.params(_params.as_dict(self.params, *RESULT_SECTIONS))
         else:
             current.trained(self.about["afterwards"])
+        if later:
+            return current
         try:
             self._send_left(self.earlier)  # first, as this may be what ends an earlier run
             _send(self.own)
@@ -235,14 +243,18 @@ class _Courier(threading.Thread):
             self._round()
         self._round()
 
-    def close(self) -> None:
-        """Send what is left, and tell if that cannot be."""
+    def close(self, later: bool) -> None:
+        """Send what is left, and tell if that cannot be; or leave it for later."""
         self.closing.set()
-        self.join()
-        if waits := _waits(self.own):
-            log.warning("%s for MLflow in %s, for the next stage to send", waits, os.path.relpath(self.own))
-        else:
-            _remove(self.own)
+        if not later:
+            if self.ident is None:  # it was to be later
+                self._round()
+            else:
+                self.join()
+            if waits := _waits(self.own):
+                log.warning("%s for MLflow in %s, for the next stage to send", waits, os.path.relpath(self.own))
+            else:
+                _remove(self.own)
         self.lock.close()
 
     def _round(self) -> None:

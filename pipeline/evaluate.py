@@ -25,9 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from ncsn.metrics import Moments, frechet_distance
 from pipeline import _extractors, _neighbours, _params, _ray, _reference, _stage, _track, prepare, sample
@@ -300,6 +297,11 @@ def distances(
         reference: The training images.
         seed: Of the order of images in IS and of the subsets in KID.
     """
+    # Here, since torch-fidelity imports torchvision, which takes seconds, and the report only shows what is found.
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
     rows, logits = generated[extractor.layer("fid")], generated[extractor.layer("isc")]
     splits = min(SPLITS, len(rows))
     isc = isc_features_to_metric(logits, splits, True, seed)

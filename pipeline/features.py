@@ -73,7 +73,7 @@ def main(params: _params.Params) -> None:
         with replacing_folder(OUT) as out:
             write_json(out / "classifier.json", {"labelled": False})
         return
-    with _track.run(params) as run:
+    with _track.run(params, later=True) as run:
         network = train_classifier(*labelled("train"), len(data["classes"]), params.features)
         correct = accuracy(network, *labelled("test"))
         log.info("test accuracy %.4f on %d images", correct, data["splits"]["test"]["n"])

@@ -23,7 +23,7 @@ from typing import Any
 
 from ncsn import official
 from ncsn.networks import NCSN, NETWORKS
-from pipeline import _params, _sources, _stage, prepare, schedule, train
+from pipeline import _extractors, _params, _sources, _stage, prepare, schedule, train
 from pipeline._sampler import same_levels
 from pipeline._stage import StageError, log
 from pipeline._store import replacing_folder, sha256
@@ -77,8 +77,6 @@ def download(params: _params.Params) -> None:
 
 def inception(given: str | None) -> list[Path]:
     """The weights of torch-fidelity's Inception, downloaded if they are missing."""
-    from pipeline import _extractors
-
     source = _sources.Source(
         _extractors.INCEPTION_FILE,
         95_628_359,

@@ -21,7 +21,7 @@ UNITS = {"pixels": 0.5, "centred": 1.0}  # of vp and subvp, whose images are in 
 
 
 def main(params: _params.Params) -> None:
-    with _track.run(params) as run:
+    with _track.run(params, later=True) as run:
         schedule = of_data(params.noise, params.train.space)
         for key in ("sigma_1", "L", "epsilon"):
             log.info("%s = %.6g (%s)", key, schedule[key], schedule["how"][key])

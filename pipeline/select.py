@@ -12,7 +12,7 @@ given credit for them.
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,14 +20,11 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _checkpoints, _params, _ray, _shards, _stage, _track, train
+from pipeline import _checkpoints, _extractors, _params, _ray, _reference, _shards, _stage, _track, train
 from pipeline._pictures import STYLE
 from pipeline._sampler import of_model
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, sha256, store, write_json
-
-if TYPE_CHECKING:
-    from pipeline import _extractors
 
 OUT = Path("out/select")
 FIRST = 2**32  # number of the first image
@@ -42,8 +39,6 @@ def main(params: _params.Params) -> None:
             )
         log.info("step %d, the last", model["step"])
         return
-    from pipeline import _extractors  # here: it imports torchvision, which takes seconds, for what seldom comes so far
-
     extractor = _extractors.choose(params.evaluate)
     if extractor is None:
         raise StageError(
@@ -145,12 +140,10 @@ def judge(
     candidates: list[dict[str, Any]],
     folder: Path,
     model: dict[str, Any],
-    extractor: "_extractors.Extractor",
+    extractor: _extractors.Extractor,
     params: _params.Params,
 ) -> list[float]:
     """The FID of select.n images of each candidate, whose weights `find` wrote; within a cluster."""
-    from pipeline import _extractors, _reference
-
     orders = {
         str(each["step"]): _shards.Order(
             of_model(params, model, "ema", each["sha256"], each["step"], params.select.seed),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _extractors, _reference, evaluate, features, prepare, s3, sample
+from pipeline import _extractors, _fidelity, _reference, evaluate, features, prepare, s3, sample
 from pipeline._params import Evaluate, Params
 from pipeline._stage import StageError
 from pipeline._store import read_json, sha256, store, write_json
@@ -140,6 +140,7 @@ def test_fewer_images_have_a_larger_fid(passports: Passports) -> None:
 
 def test_agrees_with_torch_fidelity_on_the_same_images(passports: Passports) -> None:
     extractor = _extractors.classifier()
+    _fidelity.register(extractor.name)
     train, samples = prepare.load("train")[0], sample.load(sample.OUT / "ema")[:N]
     library = torch_fidelity.calculate_metrics(
         input1=Pictures(samples),
@@ -460,10 +461,5 @@ def test_drawn_rows_are_distinct_and_the_seeds() -> None:
 def test_names() -> None:
     assert [evaluate.thousands(n) for n in (360, 1000, 1500, 50_000)] == ["360", "1k", "1500", "50k"]
     extractor = _extractors.Extractor("digits-classifier", Path("x"), "0", classes=["T-shirt/top", "a(b", "a)b"])
-    names = [score.metric for score in evaluate.class_views({"logits": torch.eye(3)}, with_layers(extractor))]
+    names = [score.metric for score in evaluate.class_views({"logits": torch.eye(3)}, extractor)]
     assert names == ["confident_fraction", "share_0_T-shirt_top", "share_1_a_b", "share_2_a_b"]
-
-
-def with_layers(extractor: _extractors.Extractor) -> _extractors.Extractor:
-    _extractors.register_classifier(extractor.name)
-    return extractor

@@ -11,7 +11,7 @@ import torch_fidelity
 from torch_fidelity import feature_extractor_inceptionv3 as library
 
 from ncsn.metrics import Moments
-from pipeline import _extractors, _ray, _reference, evaluate, features
+from pipeline import _extractors, _fidelity, _ray, _reference, evaluate, features
 from pipeline._params import Params
 from pipeline._stage import StageError
 from pipeline._store import sha256, write_json
@@ -34,6 +34,16 @@ def write(network: torch.nn.Module, path: Path) -> _extractors.Extractor:
     content = {"extractor": "digits-classifier", "shape": [1, 8, 8], "classes": list("0123456789")}
     write_json(path.with_name("classifier.json"), content | {"sha256": sha256(path), "test_accuracy": 0.1})
     return _extractors.classifier(path.parent)
+
+
+def test_layers_are_those_that_torch_fidelity_takes(classifier: _extractors.Extractor) -> None:
+    inception = _extractors.Extractor(_extractors.INCEPTION, Path("unused"), "0")
+    for extractor, library_s in (
+        (inception, library.FeatureExtractorInceptionV3),
+        (classifier, _fidelity.ClassifierExtractor),
+    ):
+        for metric in ("fid", "kid", "prc", "isc"):
+            assert extractor.layer(metric) == library_s.get_default_feature_layer_for_metric(metric)
 
 
 def pixels(n: int, channels: int = 1, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -134,6 +144,7 @@ def test_inception_with_random_weights_agrees_with_torch_fidelity(
 
     # The rest in 64 features, which few images suffice for: of a covariance without full rank the library takes the
     # square root by way of complex eigenvalues near zero, which are noise.
+    monkeypatch.setattr(_extractors.Extractor, "layer", lambda self, metric: "64")
     monkeypatch.setattr(
         library.FeatureExtractorInceptionV3, "get_default_feature_layer_for_metric", staticmethod(lambda metric: "64")
     )
@@ -150,7 +161,7 @@ def test_inception_with_random_weights_agrees_with_torch_fidelity(
     )
     one, two = (seen(inception, each, tmp_path) for each in (x, data))
     reference = _reference.Reference.of(two.layers["64"], 0, two.moments)
-    monkeypatch.setattr(evaluate, "isc_features_to_metric", lambda *args: dict.fromkeys(isc, 1.0))
+    monkeypatch.setattr("torch_fidelity.metric_isc.isc_features_to_metric", lambda *args: dict.fromkeys(isc, 1.0))
     ours = {score.metric: score.value for score in evaluate.distances(one.layers, inception, reference, 0)}
     assert ours["fid"] == pytest.approx(theirs[torch_fidelity.KEY_METRIC_FID], rel=1e-6)
     assert ours["kid"] == pytest.approx(theirs[torch_fidelity.KEY_METRIC_KID_MEAN], rel=1e-6)

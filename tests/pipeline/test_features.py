@@ -10,7 +10,7 @@ import torch_fidelity
 from safetensors.torch import load_file
 from torch_fidelity.utils import create_feature_extractor
 
-from pipeline import _extractors, features, prepare
+from pipeline import _extractors, _fidelity, features, prepare
 from pipeline._params import Params
 from pipeline._stage import StageError
 from pipeline._store import read_json, sha256
@@ -144,7 +144,8 @@ def test_missing_files_are_named() -> None:
 @pytest.mark.usefixtures("trained")
 def test_torch_fidelity_uses_it_by_name() -> None:
     extractor = _extractors.classifier()
-    _extractors.register_classifier(extractor.name)  # a second time: no error
+    for _ in range(2):  # again is no error
+        _fidelity.register(extractor.name)
     train, test = (prepare.load(split)[0][:100] for split in ("train", "test"))
     metrics = torch_fidelity.calculate_metrics(
         input1=Pictures(test),
@@ -193,7 +194,7 @@ def test_other_weights_are_refused(trained: Path, tmp_path: Path) -> None:
 
 
 def test_another_sets_classifier_is_refused(trained: Path) -> None:
-    _extractors.register_classifier("fashion_mnist-classifier")
+    _fidelity.register("fashion_mnist-classifier")
     with pytest.raises(StageError, match="is of 'digits-classifier', expected 'fashion_mnist-classifier'"):
         create_feature_extractor(
             "fashion_mnist-classifier",

@@ -201,15 +201,10 @@ def judged(data: dict[str, Any]) -> list[evaluate.Passport]:
     views = [
         *evaluate.channel_differences(sample.load(), prepare.load("train")[0]),
         *evaluate.health(sample.load(), prepare.load("train")[0]),
-        *evaluate.class_views({"logits": logits}, evaluate_extractor(extractor)),
+        *evaluate.class_views({"logits": logits}, extractor),
     ]
     passports += [evaluate.passport(score.metric, score, "samples", N, sets["samples"], common) for score in views]
     return [{**each, "rank_deficient": each["n"] <= 64} for each in passports]
-
-
-def evaluate_extractor(extractor: _extractors.Extractor) -> _extractors.Extractor:
-    _extractors.register_classifier(extractor.name)
-    return extractor
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,26 @@ def test_a_run_goes_on_until_it_is_finished(database):
     assert len(_runs(_client())) == 2
 
 
+def test_what_a_short_stage_logs_is_sent_by_the_next_one_or_when_it_fails(database):
+    with _track.run(database, later=True) as run:
+        run.metrics({"a": 1}, 1)
+    assert _client().get_experiment_by_name("ncsn") is None
+    with pytest.raises(ZeroDivisionError), _track.run(database, later=True) as run:
+        run.metrics({"a": 2}, 2)
+        raise ZeroDivisionError
+    (found,) = _runs(_client())
+    assert found.info.status == "FAILED"
+    with _track.run(database, later=True) as run:
+        run.metrics({"a": 3}, 3)
+    with _track.run(database) as again:
+        again.finish()
+    (found,) = _runs(client := _client())
+    assert found.info.status == "FINISHED"
+    assert _history(client, found, "a") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert again.start == found.info.start_time
+    assert list(Path("runs/tracking").iterdir()) == []
+
+
 def test_what_comes_afterwards_joins_the_run_of_the_weights_and_leaves_its_status(database):
     with _track.run(database) as run:
         run.trained("abc")
@@ -314,19 +334,32 @@ def server(tmp_path_factory):
     server.stop()
 
 
+STAGE = """
+from pathlib import Path
+from pipeline import _stage, _track
+
+def main(params):
+    with _track.run(params) as run:
+        run.params({"schedule": {"L": 4}})
+        run.artifact(Path("file.txt"))
+
+_stage.run("stage", None, main)
+"""
+
+
 def test_a_server_that_is_away_stops_no_stage_and_gets_everything_later(server, workdir, params, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     # A whole stage while it is away: the exit status is that of the work, one line says what waits and where.
     Path("params.yaml").write_text(yaml.safe_dump(compose([])))
-    for stage in ("prepare", "schedule"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"pipeline.{stage}"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    Path("file.txt").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     assert sum("artifacts wait for MLflow in runs/tracking/" in line for line in done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert "Retrying" not in done.stderr
@@ -340,7 +373,7 @@ def test_a_server_that_is_away_stops_no_stage_and_gets_everything_later(server, 
         client = MlflowClient(server.uri)
         _wait(lambda: not _track._waits(Path(run.folder)))
         (found,) = _runs(client)
-        assert found.data.params["schedule.L"]  # from the stage before
+        assert found.data.params["schedule.L"] == "4"  # from the stage before
         assert _history(client, found, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
         assert client.get_metric_history(found.info.run_id, "train/loss")[0].timestamp <= written
         for step in range(3, 9):
@@ -355,6 +388,6 @@ def test_a_server_that_is_away_stops_no_stage_and_gets_everything_later(server, 
     assert found.info.status == "FINISHED"
     assert _history(client, found, "train/loss") == [(step, float(step)) for step in range(9)]
     assert len(_images(client, found)) == 2
-    assert {artifact.path for artifact in client.list_artifacts(found.info.run_id)} == {"images", "schedule"}
+    assert {artifact.path for artifact in client.list_artifacts(found.info.run_id)} == {"images", "file.txt"}
     assert list(Path("runs/tracking").iterdir()) == []
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
