@@ -5,12 +5,12 @@ Nothing is downloaded here; `pipeline.fetch` gets the weights. torch-fidelity kn
 """
 
 import functools
+import math
 import operator
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from pipeline._store import sha256
 
 BATCH = 64  # torch-fidelity's own
 BLOCK = 1000  # images whose features a worker computes at a time
+FEW = 5_000_000  # values of all images up to which the classifier takes less time than workers take to start
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # how the digest begins; torch-hub files carry it in their name
@@ -131,17 +132,31 @@ class Pictures:
 
     Args:
         n: How many.
-        pixels: uint8 (N, C, H, W), N >= n.
+        pixels: uint8 (N, C, H, W), N >= n; or their .npy file, and `digest`, its hash.
         mirrored: Whether they are to be seen in a mirror.
         moments: Whether the moments are wanted.
         kept: Sorted numbers of those whose features are wanted; all by default.
     """
 
     n: int
-    pixels: _ray.Shared
+    pixels: np.ndarray | Path | _ray.Shared
+    digest: str = ""
     mirrored: bool = False
     moments: bool = False
     kept: np.ndarray | None = None
+
+    def open(self) -> np.ndarray:
+        """The pixels, mapped into memory if they lie in a file."""
+        if isinstance(self.pixels, Path):
+            mapped: np.ndarray = np.load(self.pixels, mmap_mode="r")
+            return mapped
+        return self.pixels.open() if isinstance(self.pixels, _ray.Shared) else self.pixels
+
+    def shared(self, runtime: _params.Runtime) -> "Pictures":
+        """The same, readable to all workers of the cluster, within one."""
+        if isinstance(self.pixels, Path):
+            return replace(self, pixels=_ray.share(self.pixels, self.digest, runtime))
+        return self if isinstance(self.pixels, _ray.Shared) else replace(self, pixels=_ray.put(self.pixels))
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,7 @@ class Features:
 def extract(
     extractor: Extractor, sets: Mapping[str, Pictures], runtime: _params.Runtime, block: int = BLOCK
 ) -> dict[str, Features]:
-    """The features of all sets, computed by a pool of workers in fixed blocks, with a progress bar; within a cluster.
+    """The features of all sets, computed in fixed blocks, with a progress bar: by a pool of workers, or here if few.
 
     Moments are added up in the order of the blocks, so that the result depends neither on how many workers there are
     nor on which of them is first.
@@ -173,10 +188,9 @@ def extract(
         for name, pictures in sets.items()
         for first in range(0, pictures.n, block)
     ]
-    files = {path.name: _ray.put(path.read_bytes()) for path in extractor.files}
     found: dict[tuple[str, int, int], Features] = {}
     with _stage.progress(sum(pictures.n for pictures in sets.values()), "image", "features") as bar:
-        for job, part in _ray.shards(_Pass(extractor, files, sets), jobs, runtime):
+        for job, part in _computed(extractor, sets, jobs, runtime):
             found[job] = part
             bar.update(job[2] - job[1])
     whole = {}
@@ -186,6 +200,21 @@ def extract(
         moments = [part.moments for part in parts if part.moments is not None]
         whole[name] = Features(layers, functools.reduce(operator.add, moments) if moments else None)
     return whole
+
+
+def _computed(
+    extractor: Extractor, sets: Mapping[str, Pictures], jobs: list[tuple[str, int, int]], runtime: _params.Runtime
+) -> Iterator[tuple[tuple[str, int, int], Features]]:
+    values = sum(each.n * math.prod(each.open().shape[1:]) for each in sets.values())
+    if extractor.classes is not None and values <= FEW:
+        work = _worker(extractor, sets)
+        with features.one_thread():
+            yield from ((job, work(job)) for job in jobs)
+    else:
+        with _ray.cluster(runtime):
+            files = {path.name: _ray.put(path.read_bytes()) for path in extractor.files}
+            shared = {name: each.shared(runtime) for name, each in sets.items()}
+            yield from _ray.shards(_Pass(extractor, files, shared), jobs, runtime)
 
 
 @dataclass(frozen=True)
@@ -200,29 +229,32 @@ class _Pass:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.files.items():
                 Path(folder, name).write_bytes(content.open())
-            network = replace(self.extractor, weights=Path(folder, self.extractor.weights.name)).open()
-        fid = self.extractor.layer("fid")
+            return _worker(replace(self.extractor, weights=Path(folder, self.extractor.weights.name)), self.sets)
 
-        def work(job: tuple[str, int, int]) -> Features:
-            name, first, last = job
-            pictures = self.sets[name]
-            x = pictures.pixels.open()[first:last]
-            layers = network(x[..., ::-1] if pictures.mirrored else x)
-            for layer, rows in layers.items():
-                bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
-                if bad:
-                    raise StageError(
-                        f"{layer} of {name} is not finite for image {first + bad[0]} and {len(bad) - 1} more of "
-                        f"{last - first}: expected finite features; look at that image, and at the weights of "
-                        f"{self.extractor.name}"
-                    )
-            moments = Moments.of(layers[fid]) if pictures.moments else None
-            if pictures.kept is not None:
-                here = pictures.kept[(pictures.kept >= first) & (pictures.kept < last)] - first
-                layers = {layer: rows[torch.from_numpy(here)] for layer, rows in layers.items()}
-            return Features(layers, moments)
 
-        return work
+def _worker(extractor: Extractor, sets: Mapping[str, Pictures]) -> Callable[[tuple[str, int, int]], Features]:
+    network, fid = extractor.open(), extractor.layer("fid")
+
+    def work(job: tuple[str, int, int]) -> Features:
+        name, first, last = job
+        pictures = sets[name]
+        x = pictures.open()[first:last]
+        layers = network(x[..., ::-1] if pictures.mirrored else x)
+        for layer, rows in layers.items():
+            bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise StageError(
+                    f"{layer} of {name} is not finite for image {first + bad[0]} and {len(bad) - 1} more of "
+                    f"{last - first}: expected finite features; look at that image, and at the weights of "
+                    f"{extractor.name}"
+                )
+        moments = Moments.of(layers[fid]) if pictures.moments else None
+        if pictures.kept is not None:
+            here = pictures.kept[(pictures.kept >= first) & (pictures.kept < last)] - first
+            layers = {layer: rows[torch.from_numpy(here)] for layer, rows in layers.items()}
+        return Features(layers, moments)
+
+    return work
 
 
 def choose(settings: _params.Evaluate) -> Extractor | None:

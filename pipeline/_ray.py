@@ -77,10 +77,14 @@ class World:
 @contextmanager
 def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS or runtime.ray_address; with neither, start a local one, stopped after.
+    Within a cluster it is that one.
 
     To a cluster travels the code, to its workers also what the driver knows of S3 (the AWS variables). What workers
     print is printed here, too, unless `quiet`.
     """
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: set[psutil.Process] = set()
     if address := given_address(runtime):
@@ -91,7 +95,7 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
                     address,
                     logging_level=logging.WARNING,
                     log_to_driver=not quiet,
-                    runtime_env={"worker_process_setup_hook": _quieter()} if _here() else code,
+                    runtime_env=None if _here() else code,
                 )
         except (ConnectionError, ValueError) as error:
             told = " ".join(str(error).split())
@@ -99,7 +103,6 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one a core, which our settings then replace
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         others = set(psutil.Process().children())
         try:
@@ -110,7 +113,6 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
                     include_dashboard=False,
                     logging_level=logging.WARNING,
                     log_to_driver=not quiet,
-                    runtime_env={"worker_process_setup_hook": _quieter()},
                     # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
                     _temp_dir=_local_folder(),
                 )
@@ -256,16 +258,31 @@ def train(
         StageError: If there are fewer GPUs than workers, or workers died too often.
     """
     # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Trainer(TorchTrainer):
-        """Without the processes that serve data sets of Ray Data, of which there are none, and, on a local cluster, that
-        clear up after a controller that died, which such a cluster does not outlive; each takes two seconds of a core."""
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without two processes of two seconds each: one serves data sets of Ray Data, of which there are none; one
+        clears up after a controller that died, which a local cluster does not outlive."""
 
         def _create_default_callbacks(self) -> list[Any]:
             idle = ["DatasetsCallback", *(["PlacementGroupCleanerCallback"] if _local(runtime) else [])]
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
+
+    class Quiet(UserCallback):  # type: ignore[misc]
+        """Silences, where it arrives, the request for more nodes, of which a local cluster has none: where processes
+        start slowly it prints a traceback."""
+
+        def __reduce__(self) -> tuple[Callable[[], UserCallback], tuple[()]]:
+            def arrive() -> UserCallback:
+                import logging
+
+                client = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+                above = logging.ERROR  # by a filter, as Ray sets levels anew, later
+                logging.getLogger(client).addFilter(lambda record: record.levelno >= above)
+                return UserCallback()
+
+            return arrive, ()
 
     workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
     fewest = workers if isinstance(workers, int) else workers[0]
@@ -297,6 +314,7 @@ def train(
                 name=name,
                 storage_path=_local_folder("train"),
                 failure_config=FailureConfig(max_failures=runtime.max_failures),
+                callbacks=[Quiet()] if _local(runtime) else None,
             ),
         )
         failure: Exception | None = None
@@ -662,22 +680,6 @@ def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         some.append(value)
         size += value.nbytes
     yield some
-
-
-def _quieter() -> Callable[[], None]:
-    """Silences a request for more nodes, which prints a traceback where processes start slowly; a local cluster has none.
-
-    The function is a local one so that it is sent by value: by name, each process of the cluster would import this
-    module, and with it torch.
-    """
-
-    def quiet() -> None:
-        import logging
-
-        logger = logging.getLogger("ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client")
-        logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # Ray sets levels anew, later
-
-    return quiet
 
 
 def address(runtime: _params.Runtime) -> dict[str, str]:

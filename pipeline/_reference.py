@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ncsn.metrics import Moments
-from pipeline import _extractors, _params, _ray, prepare
+from pipeline import _extractors, _params, prepare
 from pipeline._stage import log
 from pipeline._store import Store, code_digest, fingerprint, store
 
@@ -54,12 +54,10 @@ class Reference:
 def beside(
     extractor: _extractors.Extractor, sets: dict[str, _extractors.Pictures], params: _params.Params
 ) -> tuple[Reference, dict[str, _extractors.Features]]:
-    """The training images, from storage if they are there, and the features of sets of images; within a cluster."""
+    """The training images, from storage if they are there, and the features of sets of images."""
     where, n = place(extractor, params.runtime), prepare.manifest()["splits"]["train"]["n"]
     reference = read(where, params.evaluate.seed)
-    found = _extractors.extract(
-        extractor, sets if reference else {"train": pictures(params.runtime), **sets}, params.runtime
-    )
+    found = _extractors.extract(extractor, sets if reference else {"train": pictures(), **sets}, params.runtime)
     if reference is None:
         train = found.pop("train")
         rows = train.layers[extractor.layer("fid")]
@@ -89,11 +87,10 @@ def place(extractor: _extractors.Extractor, runtime: _params.Runtime) -> Store:
     return store(runtime.storage) / f"reference-{fingerprint(identity)}"
 
 
-def pictures(runtime: _params.Runtime) -> _extractors.Pictures:
-    """The training images for `_extractors.extract`, within a cluster."""
-    split = prepare.manifest()["splits"]["train"]
-    shared = _ray.share(prepare.OUT / "train.npy", split["sha256"], runtime)
-    return _extractors.Pictures(split["n"], shared, moments=True, kept=kept(split["n"]))
+def pictures() -> _extractors.Pictures:
+    """The training images for `_extractors.extract`."""
+    split, file = prepare.manifest()["splits"]["train"], prepare.OUT / "train.npy"
+    return _extractors.Pictures(split["n"], file, split["sha256"], moments=True, kept=kept(split["n"]))
 
 
 def kept(n: int) -> np.ndarray:

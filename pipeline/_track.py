@@ -215,8 +215,8 @@ class _Courier(threading.Thread):
         self.away, self.tidy = False, False
 
     def begin(self, later: bool) -> Run:
-        """Find or start the run, and send from now on, or `later` only note that it has begun; raises StageError if that
-        cannot be, unless it may be later."""
+        """Note that the run has begun; find or start it and send from now on, unless this is for later. Raises
+        StageError if it cannot be, unless the reason may pass."""
         if not (self.own / "run.json").exists():
             write_json(self.own / "run.json", self.about)
         current = Run(self.uri, str(self.own))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ncsn.metrics import Moments, frechet_distance
-from pipeline import _extractors, _neighbours, _params, _ray, _reference, _stage, _track, prepare, sample
+from pipeline import _extractors, _neighbours, _params, _reference, _stage, _track, prepare, sample
 from pipeline._reference import Reference, draw
 from pipeline._stage import StageError, log
 from pipeline._store import code_digest, replacing_folder, write_json
@@ -84,8 +84,7 @@ def main(params: _params.Params) -> None:
             findings = [pixel_neighbours(image_sets(params.evaluate.seed))]
             write(out, [], reason)
         else:
-            with _ray.cluster(params.runtime):
-                passports, findings = measure(extractor, params)
+            passports, findings = measure(extractor, params)
             write(out, passports)
             log.info("against the training images:\n%s", table(passports))
         illustrate(findings, out, params.evaluate.seed)
@@ -115,7 +114,7 @@ def illustrate(findings: list[_neighbours.Finding], folder: Path, seed: int) -> 
 def measure(
     extractor: _extractors.Extractor, params: _params.Params
 ) -> tuple[list[Passport], list[_neighbours.Finding]]:
-    """The passports of all metrics of the samples and of the yardsticks, and the samples' neighbours; in a cluster."""
+    """The passports of all metrics of the samples and of the yardsticks, and the samples' neighbours."""
     seed, sets = params.evaluate.seed, image_sets(params.evaluate.seed)
     reference, found = all_features(extractor, sets, params)
     common, width = provenance(extractor), reference.features.shape[1]
@@ -180,7 +179,7 @@ def all_features(
     """The training images' features, and those of all sets, and of some in a mirror."""
     wanted = {}
     for kind, each in sets.items():
-        pixels = _ray.put(np.ascontiguousarray(each.images))
+        pixels = np.ascontiguousarray(each.images)
         wanted[kind] = _extractors.Pictures(len(each.images), pixels)
         if kind in ("samples", "test"):
             queries = min(_neighbours.QUERIES, len(each.images))

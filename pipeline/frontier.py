@@ -149,9 +149,7 @@ def draw(samplers: list[Sampler], weights: Path, n: int, params: _params.Params)
 def judge(rows: list[dict[str, Any]], extractor: _extractors.Extractor, n: int, params: _params.Params) -> None:
     """Put the FID into each row whose images were drawn; within a cluster."""
     drawn = {str(k): each for k, each in enumerate(rows) if each["reason"] is None}
-    sets = {
-        k: _extractors.Pictures(n, _ray.put(_shards.load(each["order"], params.runtime))) for k, each in drawn.items()
-    }
+    sets = {k: _extractors.Pictures(n, _shards.load(each["order"], params.runtime)) for k, each in drawn.items()}
     reference, found = _reference.beside(extractor, sets, params)
     for k, each in drawn.items():
         each["fid"] = frechet_distance(Moments.of(found[k].layers[extractor.layer("fid")]), reference.moments)

@@ -155,10 +155,7 @@ def judge(
         for each in candidates
     }
     _shards.draw(orders, params.runtime)
-    sets = {
-        name: _extractors.Pictures(order.n, _ray.put(_shards.load(order, params.runtime)))
-        for name, order in orders.items()
-    }
+    sets = {name: _extractors.Pictures(order.n, _shards.load(order, params.runtime)) for name, order in orders.items()}
     reference, found = _reference.beside(extractor, sets, params)
     rows = (found[name].layers[extractor.layer("fid")] for name in orders)
     return [frechet_distance(Moments.of(each), reference.moments) for each in rows]

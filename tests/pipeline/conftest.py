@@ -1,6 +1,5 @@
 """Fixtures for the stages: checked parameters from conf/, and an empty folder to run in."""
 
-import contextlib
 import functools
 import subprocess
 from collections.abc import Callable, Iterator
@@ -32,8 +31,7 @@ def params(compose_params: Compose) -> _params.Params:
 @pytest.fixture(scope="session")
 def one_cluster(compose_params: Compose) -> Iterator[None]:
     """A local Ray cluster for all stages that are called in this process: each of its own takes 10 s to come and go."""
-    with _ray.cluster(compose_params().runtime), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ray, "cluster", lambda runtime, **_: contextlib.nullcontext())
+    with _ray.cluster(compose_params().runtime):
         yield
 
 
