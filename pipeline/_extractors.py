@@ -100,7 +100,7 @@ class Extractor:
                 f"{self.weights} has SHA-256 {found}, expected {self.sha256}: it is not opened; {fix} anew"
             )
         cuda = torch.cuda.is_available()
-        layers = [self.layer("fid"), self.layer("isc")]
+        layers = list(dict.fromkeys([self.layer("fid"), self.layer("isc")]))
         network: nn.Module
         if self.classes is not None:
             network = Layers(self.weights)

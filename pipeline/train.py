@@ -124,9 +124,9 @@ def main(params: _params.Params, *, until: int | None = None) -> Store:
     runs.check()
     folder = runs / f"train-{name}"
     claim(folder, identity)
-    log.info("run folder %s", folder.uri)
     held_out = np.array(prepare.load("test")[0][:HELD_OUT])
     with _lone(folder), _stage.StopSignals() as signals, _track.run(params) as run, run.system_metrics():
+        log.info("run folder %s", folder.uri)
         with _ray.cluster(params.runtime):
             digest = manifest["splits"]["train"]["sha256"]
             data = _ray.share(prepare.OUT / "train.npy", digest, params.runtime)

@@ -19,7 +19,9 @@ class Recorder:
     files: list[Path] = field(default_factory=list)
 
     @contextmanager
-    def run(self, params: _params.Params, *, afterwards: str | None = None) -> Iterator["Recorder"]:
+    def run(
+        self, params: _params.Params, *, later: bool = False, afterwards: str | None = None
+    ) -> Iterator["Recorder"]:
         yield self
 
     def metrics(self, values: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from torch_fidelity import feature_extractor_inceptionv3 as library
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ncsn.metrics import Moments
 from pipeline import _extractors, _fidelity, _ray, _reference, evaluate, features
@@ -136,7 +137,7 @@ def test_inception_with_random_weights_agrees_with_torch_fidelity(
     assert (layers["2048"].shape, layers["logits_unbiased"].shape) == ((10, 2048), (10, 1008))
     assert layers["2048"].std(dim=0).mean() > 0.001  # not all alike
     mean, std = (
-        evaluate.isc_features_to_metric(layers["logits_unbiased"], 5, True, 0)[key]
+        isc_features_to_metric(layers["logits_unbiased"], 5, True, 0)[key]
         for key in (torch_fidelity.KEY_METRIC_ISC_MEAN, torch_fidelity.KEY_METRIC_ISC_STD)
     )
     assert mean == pytest.approx(isc[torch_fidelity.KEY_METRIC_ISC_MEAN], rel=1e-6)

@@ -169,6 +169,7 @@ def test_torch_fidelity_uses_it_by_name() -> None:
 @pytest.mark.usefixtures("trained")
 def test_the_extractor_sees_the_channels_the_classifier_was_trained_on() -> None:
     extractor, (x, _) = _extractors.classifier(), prepare.load("test")
+    _fidelity.register(extractor.name)
     made = create_feature_extractor(
         extractor.name,
         ["logits", "features"],
@@ -178,8 +179,8 @@ def test_the_extractor_sees_the_channels_the_classifier_was_trained_on() -> None
     )
     grey = torch.from_numpy(np.array(x[:5]))
     logits, rows = made(grey.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(rows, made.network.features(grey / 255))
-    torch.testing.assert_close(logits, made.network(grey / 255))
+    torch.testing.assert_close(rows, made.layers.network.features(grey / 255))
+    torch.testing.assert_close(logits, made.layers.network(grey / 255))
     assert not made.training
 
 

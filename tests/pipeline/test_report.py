@@ -42,7 +42,7 @@ class Recorder:
     values: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def run(self, params: Params) -> Iterator["Recorder"]:
+    def run(self, params: Params, later: bool = False) -> Iterator["Recorder"]:
         yield self
 
     def params(self, values: dict[str, Any]) -> None:
