@@ -53,7 +53,7 @@ def pixels(n: int, channels: int = 1, side: int = 8, seed: int = 0) -> np.ndarra
 
 @pytest.mark.usefixtures("one_cluster")
 def test_features_do_not_depend_on_the_pool(
-    classifier: _extractors.Extractor, compose_params: Compose, tmp_path: Path
+    classifier: _extractors.Extractor, compose_params: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = compose_params().runtime
     x = pixels(150)
@@ -63,25 +63,26 @@ def test_features_do_not_depend_on_the_pool(
     torch.nn.init.constant_(network.head[-1].bias, torch.nan)
     (tmp_path / "broken").mkdir()
     broken = write(network, tmp_path / "broken" / "classifier.safetensors")
-    with _ray.cluster(runtime):
-        array = _ray.put(x)
-        sets = {
-            "all": _extractors.Pictures(150, array, moments=True),
-            "mirrored": _extractors.Pictures(20, array, mirrored=True),
-            "some": _extractors.Pictures(150, array, moments=True, kept=np.array([3, 70, 149])),
-        }
-        found = _extractors.extract(classifier, sets, runtime, block=64)
-        again = _extractors.extract(classifier, sets, replace(runtime, actors=1), block=64)
-        with pytest.raises(StageError, match=r"^logits of all is not finite for image 0 and 63 more of 64: expected"):
-            _extractors.extract(broken, {"all": sets["all"]}, replace(runtime, actors=1), block=64)
-        with pytest.raises(StageError, match=r"has SHA-256 [0-9a-f]{64}, expected 0{64}: it is not opened"):
-            _extractors.extract(replace(classifier, sha256="0" * 64), sets, replace(runtime, actors=1))
+    sets = {
+        "all": _extractors.Pictures(150, x, moments=True),
+        "mirrored": _extractors.Pictures(20, x, mirrored=True),
+        "some": _extractors.Pictures(150, x, moments=True, kept=np.array([3, 70, 149])),
+    }
+    here = _extractors.extract(classifier, sets, runtime, block=64)
+    monkeypatch.setattr(_extractors, "FEW", 0)
+    found = _extractors.extract(classifier, sets, runtime, block=64)
+    again = _extractors.extract(classifier, sets, replace(runtime, actors=1), block=64)
+    with pytest.raises(StageError, match=r"^logits of all is not finite for image 0 and 63 more of 64: expected"):
+        _extractors.extract(broken, {"all": sets["all"]}, replace(runtime, actors=1), block=64)
+    with pytest.raises(StageError, match=r"has SHA-256 [0-9a-f]{64}, expected 0{64}: it is not opened"):
+        _extractors.extract(replace(classifier, sha256="0" * 64), sets, replace(runtime, actors=1))
     for layer, rows in whole.items():
         torch.testing.assert_close(found["all"].layers[layer], rows, rtol=1e-5, atol=1e-5)
         assert torch.equal(found["some"].layers[layer], found["all"].layers[layer][[3, 70, 149]])
         assert torch.equal(again["all"].layers[layer], found["all"].layers[layer])
+        assert torch.equal(here["all"].layers[layer], found["all"].layers[layer])
     rows = found["all"].layers["features"]
-    for each in (found["all"], found["some"], again["all"]):
+    for each in (found["all"], found["some"], again["all"], here["some"]):
         assert each.moments is not None
         torch.testing.assert_close(each.moments.cov, Moments.of(rows).cov, rtol=1e-9, atol=1e-12)
         assert torch.equal(each.moments.scatter, found["all"].moments.scatter)
