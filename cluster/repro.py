@@ -2,9 +2,10 @@
 
     ray submit --start cluster/slurm.yaml cluster/repro.py -- experiment=ncsnv2_cifar10 runtime.workers=[1,8]
 
-The arguments are those of `python -m pipeline.compose`; without any, params.yaml stays as it is. The exit status is the
-graph's. After a crash, or Ctrl-C, the same command goes on. Told by SIGUSR1, it lets the stage that runs save, and ends
-with AGAIN; .dvc/tmp/cluster.lock says which process to tell.
+The arguments are those of `python -m pipeline.compose`; without any, params.yaml stays as it is. Words that set nothing
+are the stages to run, with what they need (`train`); all by default. The exit status is the graph's. After a crash, or
+Ctrl-C, the same command goes on. Told by SIGUSR1, it lets the stage that runs save, and ends with AGAIN;
+.dvc/tmp/cluster.lock says which process to tell.
 """
 
 import fcntl
@@ -24,8 +25,10 @@ PATIENCE = 24 * 3600.0  # seconds that the first worker may wait in a queue
 POLL, SIGN_OF_LIFE = 1.0, 30.0
 
 
-def main(overrides: list[str]) -> int:
+def main(words: list[str]) -> int:
     """The exit status of the first command that fails, or 0."""
+    overrides = [word for word in words if "=" in word or word.startswith("~")]
+    stages = [word for word in words if word not in overrides]
     told: list[int] = []
     signal.signal(signal.SIGINT, lambda *_: None)  # comes to the stages too; we pass on how they end
     signal.signal(signal.SIGUSR1, lambda *_: told.append(save()))
@@ -34,7 +37,7 @@ def main(overrides: list[str]) -> int:
     if not Path(".git").exists():  # the code was copied here
         subprocess.run(["dvc", "config", "--local", "core.no_scm", "true"], check=True)
     commands = [[*python, "pipeline.compose", *overrides]] if overrides else []
-    commands += [[*python, "pipeline.doctor"], ["dvc", "repro"]]
+    commands += [[*python, "pipeline.doctor"], ["dvc", "repro", *stages]]
     Path(".dvc/tmp").mkdir(exist_ok=True)
     with open(".dvc/tmp/cluster.lock", "a+") as lock:
         wait_until(lambda: locked(lock.fileno()), "another `dvc repro` of this clone to end")

@@ -7,7 +7,8 @@ same blurred, and images of the untrained network. FID falls with the number of 
 all of a range (fid_digits_1k), and as many as each yardstick has (fid_digits_360.samples beside .test). With
 sample.ranges=3 each range is judged, and fid_digits_1k.mean has mean and spread.
 
-Features are computed by a pool of Ray workers; those of the training images are kept in runtime.storage.
+Features of more than a few images are computed by a pool of Ray workers; those of the training images are kept in
+runtime.storage.
 
 evaluate.extractor=classifier           the classifier of the stage `features`; needs labels
 evaluate.extractor=inception-v3-compat  Inception; needs its weights on this machine, nothing is downloaded

@@ -106,11 +106,16 @@ class Stage:
 
     def workers(self, title="RayTrainWorker"):
         """Ray's workers below the stage whose command line says so."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # it may just have ended
-                found += [process] if title in " ".join(process.cmdline()) else []
-        return found
+        return workers_below(self.process.pid, title)
+
+
+def workers_below(process, title="RayTrainWorker"):
+    """Ray's workers below a process whose command line says so."""
+    found = []
+    for each in psutil.Process(process).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may just have ended
+            found += [each] if title in " ".join(each.cmdline()) else []
+    return found
 
 
 class Sampling(Stage):

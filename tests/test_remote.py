@@ -1,4 +1,4 @@
-"""Training on nodes that come and go, or share no file system, with an S3 server that goes away in between."""
+"""Training on nodes that come, or share no file system, with an S3 server that goes away in between."""
 
 import pickle
 import shutil
@@ -127,21 +127,19 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
     assert (folder / "out" / "train" / "ema.safetensors").read_bytes() == weights
 
 
-def test_nodes_come_and_go(inside):
-    # a low rate, so that float summation does not grow into other curves; steps enough for a node to come back
-    settings = ["train.steps=700", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
-    settings.append("train.batch_size=64")
+def test_training_grows_when_a_node_comes(inside):
+    """When one goes: tests/cluster/test_launcher.py."""
+    # steps enough for a node to come
+    settings = ["train.steps=400", "train.save_every=20", "train.batch_size=64"]
     elastic = ["runtime.workers=[1, 2]", "runtime.resize_interval=2", *settings]
-    with Cluster() as cluster:
+    with (
+        Cluster() as cluster,
+        Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage,
+    ):
+        stage.told("1 worker, on CPUs, 1 for each")  # as the node has, not as the machine has that it is on
         cluster.add()
-        with Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage:
-            stage.told("2 workers, on CPUs, 1 for each")  # as each node has, not as the machine has that both are on
-            stage.trained(20)
-            cluster.kill()
-            stage.told("1 worker, ")
-            cluster.add()
-            stage.until(lambda: stage.printed().count("2 workers, ") > 1)
-            stage.ends()
-    assert len(losses(stage.run)) == 350
-    torch.testing.assert_close(losses(stage.run), losses(alone(inside, "steady", *settings)), rtol=1e-4, atol=0)
-    assert read_json(train.OUT / "model.json")["step"] == 700
+        stage.told("2 workers, ")
+        stage.ends()
+    assert "going on from step" in stage.printed()
+    assert len(losses(stage.run)) == 200
+    assert read_json(train.OUT / "model.json")["step"] == 400

@@ -24,7 +24,7 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     """Two hosts; USR1 comes as it does before the time limit; the job is put back into the queue by itself."""
     clone = repository(slurm.home / "batch")
     (clone / ".venv").symlink_to(sys.prefix)
-    words = ["experiment=tiny", "train.steps=240", "train.save_every=20", "runtime.workers=3"]
+    words = ["train", "experiment=tiny", "train.steps=240", "train.save_every=20", "runtime.workers=3"]
     submit = ["sbatch", "--parsable", f"--output={clone}/job.out", "cluster/slurm/train.sbatch", *words]
     one_core = {"OMP_NUM_THREADS": "1"}  # all hosts compute on the cores of this machine
     told = slurm.run("login", "sh", "-c", 'cd "$0" && exec "$@"', clone, *submit, env=one_core)
@@ -58,4 +58,4 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     wait_for(lambda: not going(), 600, text)
     assert (fields()["JobState"], fields()["ExitCode"]) == ("COMPLETED", "0:0"), text()
     assert "told to save and to go on later" in printed.read_text()
-    assert (clone / "out" / "report.html").is_file()
+    assert (clone / "out" / "train" / "model.json").is_file()
