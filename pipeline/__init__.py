@@ -3,4 +3,4 @@
 import gc
 
 # By default each 700 new objects that stay are looked through for cycles: a sixth of the time of our imports.
-gc.set_threshold(50_000, 50, 1000)
+gc.set_threshold(50_000)

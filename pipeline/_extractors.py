@@ -105,9 +105,8 @@ class Extractor:
         if self.classes is not None:
             network = Layers(self.weights)
         else:
-            from torch_fidelity.utils import (
-                create_feature_extractor,
-            )  # here: it imports torchvision, which takes seconds
+            # Here, since it imports torchvision, which takes seconds.
+            from torch_fidelity.utils import create_feature_extractor
 
             network = create_feature_extractor(
                 self.name, layers, cuda=False, feature_extractor_weights_path=str(self.weights), verbose=False

@@ -607,7 +607,7 @@ def held_out_loss(job: Job, state: TrainState) -> float:
     p = job.params
     device = next(state.model.parameters()).device
     to_space, _ = images.SPACES[p.train.space]
-    total, most = 0.0, min(HELD_OUT_BATCH, p.train.micro_batch or HELD_OUT_BATCH)
+    total, most = 0.0, min(HELD_OUT_BATCH, p.train.micro_batch or p.train.batch_size)
     for index in torch.arange(len(job.held_out), device=device).split(most):
         x = to_space(images.to_float(torch.from_numpy(job.held_out[index.cpu().numpy()]).to(device)))
         _, sigma, z = draws(job, index)

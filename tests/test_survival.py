@@ -109,7 +109,7 @@ def test_a_worker_that_dies_too_often_ends_it(inside):
         (worker,) = workers_below(os.getpid())
         worker.kill()
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     with pytest.raises(
         StageError, match=r"^training failed more than runtime.max_failures=0 times, at last: a worker died"

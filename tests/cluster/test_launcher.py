@@ -147,9 +147,13 @@ def test_the_graph_goes_on_when_a_host_is_lost(slurm, on_slurm, tmp_path):
         return log.read_text()[-3000:]
 
     settings = ["experiment=tiny", "train.steps=240", "train.save_every=20", "runtime.workers=[1,2]"]
+    settings.append("runtime.resize_interval=5")
     graph = on_slurm.spawn(log, "submit", "--start", "cluster/repro.py", "--", *settings)
-    runs = on_slurm.clone / "runs"
-    wait_for(lambda: (reached(runs) >= 20 and "2 workers, " in told()) or graph.poll() is not None, 400, told)
+
+    def both_train():
+        return reached(on_slurm.clone / "runs") >= 20 and "2 workers, " in log.read_text()
+
+    wait_for(lambda: both_train() or graph.poll() is not None, 400, told)
     victim = nodes(slurm, "worker")[0][1]
     slurm.power_off(victim)
     try:
