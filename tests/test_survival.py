@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from pipeline import _checkpoints, _params, _ray, train
 from pipeline._stage import STOPPED, StageError
 from pipeline.compose import compose
-from tests.stages import SETTINGS, STEPS, Stage, alone, workers_below
+from tests.stages import SETTINGS, STEPS, Stage, alone, losses, workers_below
 
 pytestmark = pytest.mark.graph
 
@@ -66,6 +66,7 @@ def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
         stage.told(f"going on from step {saved}")
         stage.ends()
     _same_bits(stage.run, unbroken.run)
+    torch.testing.assert_close(losses(unbroken.run), losses(alone(inside, "one", larger)), rtol=1e-4, atol=0)
 
 
 def test_a_signal_before_training_begins_ends_at_once(inside):
