@@ -641,8 +641,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     if ray.get(mailbox.failed.remote()) is not None:
         return  # an error that another try would meet again: the driver raises it
     cores = max(1, _cores_of_node() // context.get_local_world_size())
-    alone = size == 1 and device.type == "cpu" and config["side_by_side"]
-    threads = min(cores, MOST_THREADS) if alone else 1
+    by_parts = device.type == "cpu" and config["side_by_side"]
+    threads = min(cores, MOST_THREADS) if by_parts else 1
     torch.set_num_threads(cores // threads)
     on_gpus = size > 1 and device.type == "cuda"
     host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if on_gpus else None

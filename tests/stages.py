@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from pipeline import _checkpoints, _params, _ray, prepare, schedule, train
 from pipeline._store import store, write_text
 from pipeline.compose import compose
 from tests.clones import environment, repository
+from tests.cluster.netlab import wait_for
 
 STEPS = 120
 SETTINGS = ["experiment=tiny", f"train.steps={STEPS}", "train.save_every=8", "train.preview_every=400"]
@@ -118,6 +120,28 @@ def workers_below(process, title="RayTrainWorker"):
     return found
 
 
+@contextmanager
+def slowed(process):
+    """Meanwhile a process runs for a tenth of the time, so that it is not done before something else happens."""
+    over = threading.Event()
+
+    def pulse():
+        with suppress(psutil.NoSuchProcess):
+            while not over.is_set():
+                process.suspend()
+                over.wait(0.9)
+                process.resume()
+                over.wait(0.1)
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class Sampling(Stage):
     """`python -m pipeline.sample`, likewise."""
 
@@ -173,7 +197,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, *prefix):
-        """A node of one CPU; its command behind a prefix."""
+        """A node of one CPU, when it is there; its command behind a prefix."""
         self._start(prefix, 1, f"--address={self.address}")
 
     def kill(self):
@@ -188,13 +212,17 @@ class Cluster:
         ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--num-cpus={cpus}"]
         # Ray's workers have a niceness of 15 by default, which starves them beside other work
         variables = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-        self.nodes.append(
-            subprocess.Popen(
+        variables["PYTHONUNBUFFERED"] = "1"
+        printed = Path(self.folder, f"node{len(self.nodes)}.log")
+        with open(printed, "wb") as log:
+            node = subprocess.Popen(
                 [*prefix, *ray, "--object-store-memory=100000000", *options],
                 env=environment() | variables,
                 cwd=self.folder,
                 start_new_session=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
-        )
+        self.nodes.append(node)
+        wait_for(lambda: "Ray runtime started" in printed.read_text() or node.poll(), PATIENCE, printed.read_text)
+        assert node.poll() is None, printed.read_text()

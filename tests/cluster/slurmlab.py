@@ -52,7 +52,7 @@ class SlurmLab(NetLab):
 
     tools = (*NetLab.tools, "munged", "slurmctld", "slurmd", "srun", "sbatch")
 
-    def __init__(self, root, nodes=3, cpus=2, memory=4000, gpus=0, bind=()):
+    def __init__(self, root, nodes=3, cpus=1, memory=4000, gpus=0, bind=()):
         super().__init__(root, bind, {"SLURM_CONF": f"{root}/slurm.conf"})
         self.nodes = [f"node{k + 1}" for k in range(nodes)]
         self.address = {name: f"{self.subnet}.{10 + k}" for k, name in enumerate(["login", *self.nodes])}

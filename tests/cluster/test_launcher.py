@@ -146,7 +146,7 @@ def test_the_graph_goes_on_when_a_host_is_lost(slurm, on_slurm, tmp_path):
     def told():
         return log.read_text()[-3000:]
 
-    settings = ["experiment=tiny", "train.steps=240", "train.save_every=20", "runtime.workers=[1,2]"]
+    settings = ["experiment=tiny", "train.steps=120", "train.save_every=20", "runtime.workers=[1,2]"]
     settings.append("runtime.resize_interval=5")
     graph = on_slurm.spawn(log, "submit", "--start", "cluster/repro.py", "--", *settings)
 
