@@ -30,30 +30,16 @@ def _same_bits(one, other):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_killed_driver_goes_on_to_the_same_bits(inside):
-    with Stage(inside, name="driver") as stage:
+def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
+    settings = ["train.batch_size=64", "runtime.workers=2"]  # so that the run is not over before the signals come
+    with Stage(inside, *settings, name="broken") as stage:
         stage.trained(16)
         stage.kill()
-        assert stage.newest < STEPS
     with stage:
-        stage.ends()
-    assert "going on from step" in stage.printed()
-    _same_bits(stage.run, alone(inside, "alone"))
-    client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
-    same = "params.train.batch_size = '16' and params.train.learning_rate = '0.004'"
-    (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], same)
-    logged = {metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")}
-    assert logged == set(range(2, STEPS + 1, 2))
-
-
-def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
-    larger = "train.batch_size=64"  # so that the run is not over before the signal comes
-    with Stage(inside, larger, "runtime.workers=2", name="unbroken") as unbroken:
-        unbroken.ends()
-    with Stage(inside, larger, "runtime.workers=2", name="broken") as stage:
-        stage.trained(16)
-        stage.workers()[1].kill()
         stage.told("going on from step")
+        stage.trained(stage.newest + 8)
+        stage.workers()[1].kill()
+        stage.until(lambda: stage.printed().count("going on from step") == 2)
         stage.trained(stage.newest + 8)
         os.killpg(stage.process.pid, signal.SIGTERM)  # to Ray's processes too
         started = time.monotonic()
@@ -65,8 +51,15 @@ def test_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
     with stage:
         stage.told(f"going on from step {saved}")
         stage.ends()
+    client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
+    same = "params.train.batch_size = '64'"
+    (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], same)
+    logged = {metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")}
+    assert logged == set(range(2, STEPS + 1, 2))
+    with Stage(inside, *settings, name="unbroken") as unbroken:
+        unbroken.ends()
     _same_bits(stage.run, unbroken.run)
-    torch.testing.assert_close(losses(unbroken.run), losses(alone(inside, "one", larger)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses(unbroken.run), losses(alone(inside, "one", settings[0])), rtol=1e-4, atol=0)
 
 
 def test_a_signal_before_training_begins_ends_at_once(inside):

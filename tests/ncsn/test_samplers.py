@@ -275,7 +275,8 @@ def test_nothing_beside_the_network_reads_values_back_either():
         drawn.append(samplers.consistent_annealed_langevin(score, x, sigmas, epsilon=0.1**2, **options))
         drawn += [samplers.probability_flow(score, x, sigmas, solver=each, **options) for each in samplers.SOLVERS]
         for corrector in (None, noise.snr_rule(0.1)):
-            drawn.append(samplers.predictor_corrector(score, x, VP(beta_max=2.0), steps=5, corrector=corrector, **options))
+            sde = VP(beta_max=2.0)
+            drawn.append(samplers.predictor_corrector(score, x, sde, steps=5, corrector=corrector, **options))
     assert {(each.shape, each.device.type) for each in drawn} == {(x.shape, "meta")}
 
 
