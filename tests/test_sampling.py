@@ -16,7 +16,7 @@ from tests.stages import SETTINGS, Sampling
 
 pytestmark = pytest.mark.graph
 
-N, RANGES, SHARD = 80, 2, 20
+N, RANGES, SHARD = 40, 2, 10
 IMAGES = [f"sample.n={N}", f"sample.ranges={RANGES}", f"sample.shard_size={SHARD}"]
 
 
@@ -52,7 +52,7 @@ def test_what_is_finished_is_never_drawn_again_whoever_dies(trained, inside):
     with stage:
         stage.ends()
     assert stage.printed().count("is damaged and drawn again") == 1
-    assert f"ema: 160 images, 161 NFE each, {SHARD * (len(finished) - 1)} there already" in stage.printed()
+    assert f"ema: {N * RANGES} images, 161 NFE each, {SHARD * (len(finished) - 1)} there already" in stage.printed()
     now = stage.shards()
     assert {name for name in finished if now[name] != finished[name]} == {damaged}
     again = np.load(path).astype(int) - np.load(io.BytesIO(good)).astype(int)
@@ -65,8 +65,8 @@ def test_what_is_finished_is_never_drawn_again_whoever_dies(trained, inside):
     stage.command += ["--verify", "5"]
     with stage:
         stage.ends()
-    assert "ema: 5 of 160 images drawn again" in stage.printed()
-    assert "untrained: 5 of 80 images drawn again" in stage.printed()
+    assert "ema: 5 of 80 images drawn again" in stage.printed()
+    assert "untrained: 5 of 40 images drawn again" in stage.printed()
 
 
 def test_a_signal_stops_it_at_once_and_nothing_is_lost(trained, inside):
