@@ -1,4 +1,4 @@
-"""A real Slurm on the hosts of a NetLab: slurmctld on the host login, a slurmd on each of node1, node2, ...
+"""A real Slurm on the hosts of a NetLab: slurmctld on the host login, a slurmd on each of its nodes.
 
 Of Debian's packages munge, slurmctld, slurmd and slurm-client; nothing in /etc is read or written.
 """
@@ -54,7 +54,8 @@ class SlurmLab(NetLab):
 
     def __init__(self, root, nodes=3, cpus=1, memory=4000, gpus=0, bind=()):
         super().__init__(root, bind, {"SLURM_CONF": f"{root}/slurm.conf"})
-        self.nodes = [f"node{k + 1}" for k in range(nodes)]
+        # Slurm names control groups, which are the machine's, by nodes: another lab beside this one has others.
+        self.nodes = [f"node{os.getpid()}-{k + 1}" for k in range(nodes)]
         self.address = {name: f"{self.subnet}.{10 + k}" for k, name in enumerate(["login", *self.nodes])}
         self.cpus, self.memory, self.gpus = cpus, memory, gpus
 
