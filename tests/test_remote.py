@@ -1,4 +1,4 @@
-"""Training on nodes that come, or share no file system, with an S3 server that goes away in between."""
+"""Training on nodes that share no file system, with an S3 server that goes away in between."""
 
 import pickle
 import shutil
@@ -10,11 +10,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, _params, _ray, s3, train
-from pipeline._store import Bucket, read_json, store
+from pipeline import _checkpoints, _params, _ray, s3
+from pipeline._store import Bucket, store
 from pipeline.compose import compose
 from tests.clones import ROOT, environment, repository, run
-from tests.stages import Cluster, Stage, alone, losses, slowed, workers_below
+from tests.stages import Cluster, Stage, alone, losses
 
 pytestmark = pytest.mark.graph
 
@@ -119,25 +119,3 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
     done = run("dvc", "pull", "dvc.yaml", cwd=folder, **variables)
     assert done.returncode == 0, done.stdout
     assert (folder / "out" / "train" / "ema.safetensors").read_bytes() == weights
-
-
-def test_training_grows_when_a_node_comes(inside):
-    """When one goes: tests/cluster/test_launcher.py."""
-    # a low rate, so that float summation does not grow into other curves
-    settings = ["train.steps=160", "train.save_every=8", "train.learning_rate=1e-5", "train.warmup=0"]
-    elastic = ["runtime.workers=[1, 2]", "runtime.resize_interval=2", *settings]
-    with (
-        Cluster() as cluster,
-        Stage(inside, *elastic, name="elastic", RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled") as stage,
-    ):
-        stage.told("1 worker, on CPUs, 1 for each")  # as the node has, not as the machine has that it is on
-        stage.trained(8)
-        (worker,) = workers_below(cluster.nodes[0].pid)
-        with slowed(worker):
-            cluster.add()
-            stage.told("2 workers, ")
-        stage.ends()
-    assert "going on from step" in stage.printed()
-    assert len(losses(stage.run)) == 80
-    torch.testing.assert_close(losses(stage.run), losses(alone(inside, "steady", *settings)), rtol=1e-4, atol=0)
-    assert read_json(train.OUT / "model.json")["step"] == 160
