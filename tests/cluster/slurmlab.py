@@ -36,7 +36,7 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=30
+KillWait=5
 GresTypes=gpu
 """
 
@@ -122,5 +122,5 @@ class SlurmLab(NetLab):
         has = f"CPUs={self.cpus} RealMemory={self.memory}" + (f" Gres=gpu:{self.gpus}" if self.gpus else "")
         for node in self.nodes:
             conf += f"NodeName={node} NodeAddr={self.address[node]} {has} State=UNKNOWN\n"
-        conf += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+        conf += "PartitionName=main Nodes=ALL Default=YES OverSubscribe=YES MaxTime=INFINITE State=UP\n"
         (self.root / "slurm.conf").write_text(conf)

@@ -242,7 +242,7 @@ def test_clusters_on_one_host_do_not_clash(jobs):
     (start,) = config["head_start_ray_commands"]
     start = start.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
     health = "ray health-check --address=127.0.0.1:$CLUSTER_PORT"
-    jobs.node = {"sbatch": ["--ntasks=1", "--mem=1500", f"--nodelist={jobs.lab.nodes[0]}"]}
+    jobs.node = {"sbatch": ["--oversubscribe", "--mem=1500", f"--nodelist={jobs.lab.nodes[0]}"]}
     tools = Path(sys.executable).parent
     jobs.config = {"prolog": f"export PATH={tools}:$PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"}
     providers = [jobs.provider(name) for name in ("one", "two")]
