@@ -169,12 +169,13 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
         return "2 workers, " in text
 
     until(lambda: grown(log.read_text()) and reached(on_slurm.clone / "runs") >= 8)
-    before = len(log.read_text())
+    before, at = len(log.read_text()), reached(on_slurm.clone / "runs")
     victim = nodes(slurm, "worker")[0][1]
     slurm.power_off(victim)
     shown = on_slurm.attach("echo $(hostname) has $((40 + 2)); exit\n")
     assert f"{nodes(slurm, 'head')[0][1]} has 42" in shown
     until(lambda: "1 worker, on CPUs, 1 for each" in log.read_text()[before:])
+    until(lambda: reached(on_slurm.clone / "runs") > at)
     (worker,) = train_workers(slurm)
     with slowed(worker):
         slurm.boot_node(victim)
