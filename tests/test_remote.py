@@ -82,8 +82,8 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
     folder = repository(tmp_path / "clone")
     monkeypatch.chdir(folder)
     # a low rate, so that float summation does not grow into other curves
-    settings = ["train.steps=120", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
-    settings.append("train.preview_every=120")
+    settings = ["train.steps=80", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
+    settings.append("train.preview_every=80")
     storage = f"s3://{s3.BUCKET}/graph"
     with s3.TrackingServer(tmp_path / "mlflow", objects=on_s3) as server, Cluster(cpus=0) as cluster:
         cluster.add(*blind(folder))
@@ -92,7 +92,7 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
         done = run("dvc", "remote", "add", "--local", "-d", "bucket", f"s3://{s3.BUCKET}/dvc", cwd=folder)
         assert done.returncode == 0
         with Graph(folder, "experiment=tiny", f"runtime.storage={storage}", *settings, **variables) as graph:
-            graph.trained(40)
+            graph.trained(20)
             on_s3.stop(signal.SIGKILL)
             graph.told("trying again")
             on_s3.start()
@@ -108,7 +108,7 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
         assert found.data.metrics["train/loss"] > 0
         assert found.data.metrics["eval/fid_digits_40"] > 0
     assert not list(folder.glob("runs/train-*"))
-    assert _checkpoints.steps(graph.run) == [120, 100]
+    assert _checkpoints.steps(graph.run) == [80, 60]
     torch.testing.assert_close(losses(graph.run), losses(alone(folder, "here", *settings)), rtol=1e-4, atol=0)
     names = store(f"s3://{s3.BUCKET}").names()
     assert any(name.startswith("graph/train-") and "/previews/" in name for name in names)

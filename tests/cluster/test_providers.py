@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.providers import slurm
 from cluster.providers.kubernetes import KubernetesNodeProvider
 from cluster.providers.slurm import SlurmNodeProvider, said
 from tests.clones import ROOT
@@ -214,7 +215,8 @@ def test_a_full_cluster_is_waiting_and_a_node_that_has_ended_an_error(cloud, cap
     assert ended.value.message == cloud.ended.format(last, last)
 
 
-def test_workers_go_with_their_head(cloud):
+def test_workers_go_with_their_head(cloud, monkeypatch):
+    monkeypatch.setattr(slurm, "HOLDER", slurm.HOLDER.replace("sleep 30", "sleep 1"))
     provider = cloud.provider()
     head, _ = _head(cloud, provider)
     ((worker, _),) = provider.create_node(cloud.node, WORKER, 1).items()

@@ -300,6 +300,7 @@ def test_a_full_disk_of_the_server_spoils_nothing(small_disk, monkeypatch):
         assert k >= 1
         assert where.read("state") == bytes([k - 1]) * (4 << 20)
         assert where.names() == ["state"]
+        server.stop(signal.SIGKILL)  # on a full disk it does not end by itself
 
 
 def test_artifacts_of_a_local_database_go_to_the_storage(on_s3, workdir, params, monkeypatch):

@@ -323,7 +323,7 @@ def test_sliced_score_matching_learns_what_denoising_score_matching_judges(learn
     assert curve[-1] < min(curve[0], 0)  # a zero score has 0
 
 
-def _workers(job, size, folder, steps, others="", tell=lambda kind, *what: None):
+def _workers(job, size, folder, steps, others="", tell=lambda kind, *what: None, threads=1):
     """Train on workers of gloo, this process the first, until a step; `others` is code for the rest to run before."""
     job = _with(job, steps=steps)
     (folder / "job.pickle").write_bytes(pickle.dumps(job))
@@ -335,7 +335,7 @@ torch.set_num_threads(1)
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size={size})
 {others}
-train.fit(pickle.load(open("{folder}/job.pickle", "rb")), _ray.World(rank, {size}))
+train.fit(pickle.load(open("{folder}/job.pickle", "rb")), _ray.World(rank, {size}, threads={threads}))
 torch.distributed.destroy_process_group()
 """
     rest = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT) for rank in range(1, size)]
@@ -343,7 +343,7 @@ torch.distributed.destroy_process_group()
         "gloo", init_method=f"file://{folder}/store", rank=0, world_size=size, timeout=timedelta(seconds=120)
     )
     try:
-        train.fit(job, _ray.World(0, size, tell=tell))
+        train.fit(job, _ray.World(0, size, threads=threads, tell=tell))
     finally:
         torch.distributed.destroy_process_group()
     assert [process.wait(60) for process in rest] == [0] * (size - 1)
@@ -380,7 +380,7 @@ def test_the_number_of_workers_may_change_in_mid_run(job, world, heard, tmp_path
     heard.rows.clear()
     _workers(changing, 2, tmp_path, 4, tell=heard)
     train.fit(_with(changing, steps=8), world)
-    _workers(changing, 4, tmp_path, 12, tell=heard)
+    _workers(changing, 4, tmp_path, 12, tell=heard, threads=2)
     _same_run(job, changing, job.params.train.learning_rate, 12)
     assert [values["train/gradient_norm"] for _, values in heard.rows] == pytest.approx(norms, rel=1e-3)
 
