@@ -31,7 +31,7 @@ def _same_bits(one, other):
 
 
 def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(inside):
-    settings = ["train.batch_size=32", "runtime.workers=2"]  # so that the run is not over before the signals come
+    settings = ["train.batch_size=64", "runtime.workers=2"]  # so that the run is not over before the signals come
     with Stage(inside, *settings, name="broken") as stage:
         stage.trained(16)
         stage.kill()
@@ -52,7 +52,7 @@ def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(i
         stage.told(f"going on from step {saved}")
         stage.ends()
     client = MlflowClient(f"sqlite:///{inside}/mlflow.db")
-    same = "params.train.batch_size = '32'"
+    same = "params.train.batch_size = '64'"
     (found,) = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id], same)
     logged = {metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")}
     assert logged == set(range(2, STEPS + 1, 2))
