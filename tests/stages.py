@@ -197,7 +197,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, *prefix):
-        """A node of one CPU, when it is there; its command behind a prefix."""
+        """Start a node of one CPU, its command behind a prefix, and wait until it has joined."""
         self._start(prefix, 1, f"--address={self.address}")
 
     def kill(self):
