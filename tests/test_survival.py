@@ -35,6 +35,7 @@ def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(i
     with Stage(inside, *settings, name="broken") as stage:
         stage.trained(16)
         stage.kill()
+        assert stage.newest < STEPS
     with stage:
         stage.told("going on from step")
         stage.trained(stage.newest + 8)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline._store import store
+from pipeline._store import read_json, store
 from tests.clones import ROOT, repository
 from tests.cluster.netlab import wait_for
 from tests.stages import alone, losses, slowed, workers_below
@@ -172,18 +172,22 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
     before, at = len(log.read_text()), reached(on_slurm.clone / "runs")
     victim = nodes(slurm, "worker")[0][1]
     slurm.power_off(victim)
-    shown = on_slurm.attach("echo $(hostname) has $((40 + 2)); exit\n")
-    assert f"{nodes(slurm, 'head')[0][1]} has 42" in shown
-    until(lambda: "1 worker, on CPUs, 1 for each" in log.read_text()[before:])
-    until(lambda: reached(on_slurm.clone / "runs") > at)
-    (worker,) = train_workers(slurm)
-    with slowed(worker):
-        slurm.boot_node(victim)
+    with ExitStack() as until_grown:
+        try:
+            shown = on_slurm.attach("echo $(hostname) has $((40 + 2)); exit\n")
+            assert f"{nodes(slurm, 'head')[0][1]} has 42" in shown
+            until(lambda: "1 worker, on CPUs, 1 for each" in log.read_text()[before:])
+            until(lambda: reached(on_slurm.clone / "runs") > at)
+            (worker,) = train_workers(slurm)
+            until_grown.enter_context(slowed(worker))
+        finally:  # other tests have the same hosts
+            slurm.boot_node(victim)
         until(lambda: grown(log.read_text()[before:]))
     assert graph.wait(500) == 0, told()
     assert log.read_text()[before:].count("going on from step") == 2
     for path in ("out/report.html", "out/evaluate/metrics.json", "dvc.lock"):
         assert (on_slurm.clone / path).is_file()
+    assert read_json(on_slurm.clone / "out" / "train" / "model.json")["step"] == 160
     monkeypatch.chdir(on_slurm.clone)
     (run,) = (store(str(each)) for each in on_slurm.clone.glob("runs/train-*"))
     torch.testing.assert_close(losses(run), losses(alone(on_slurm.clone, "here", *training)), rtol=1e-4, atol=0)
