@@ -46,6 +46,8 @@ WEIGHTS = "ncsn.weights"
 REASON = "ncsn.reason"  # why a run has failed or was stopped
 SPOOL = Path("runs/tracking")
 AGAIN = 10.0  # seconds until a server that was away is tried again
+SHORT = 20.0  # seconds within which a stage may end that leaves what it logs to the next one
+START = "START"  # in a picture's name, where it is sent, the run's start
 QUICK = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -59,7 +61,7 @@ REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALRE
 class Run:
     """A run: what is logged goes to its folder at once, and to the tracking store soon. A plain value.
 
-    `start` is when the run began, in ms since 1970.
+    `start` is when the run began, in ms since 1970; 0 as long as a stage may be a short one, to be sent later.
     """
 
     uri: str
@@ -90,9 +92,9 @@ class Run:
         One of the same key and step takes the place of an earlier one.
         """
         picture = Image.fromarray(pixels)
-        # The UI reads these names. Time and id are functions of the rest, so that logging again replaces.
+        # The UI reads these names. Time and id are functions of run and step, so that logging again replaces.
         same = uuid.uuid5(uuid.NAMESPACE_OID, f"{key} {step}")
-        name = f"{key.replace('/', '~')}+step+{step}+timestamp+{self.start}+{same}"
+        name = f"{key.replace('/', '~')}+step+{step}+timestamp+{START}+{same}"
         with self._files() as files:
             (files / "images").mkdir()
             picture.save(files / "images" / f"{name}.png")
@@ -172,8 +174,8 @@ def run(
 
     Args:
         params: Of the stage.
-        later: Leave what is logged for the next stage to send, unless the body raises: for a stage that takes less time
-            than MLflow needs to be imported.
+        later: Leave what is logged for the next stage to send if the body takes less than SHORT seconds, about as long
+            as MLflow to be imported, and does not raise.
         afterwards: The hash of weights: join the newest run that they were `trained` in, whether or not it has ended,
             and leave its status as it is.
         sweep: A name, for a run of its own that has the trials of this sweep below it.
@@ -184,16 +186,17 @@ def run(
     """
     courier = _Courier(params, afterwards, sweep)
     current = courier.begin(later)
+    failed = True
     try:
         yield current
+        failed = False
     except BaseException as error:
-        later = False
         if afterwards is None:
             current.tags({REASON: _line(error)})
             current._note("status", [["FAILED" if isinstance(error, Exception) else "KILLED", _now()]])
         raise
     finally:
-        courier.close(later)
+        courier.close(failed=failed)
 
 
 class _Courier(threading.Thread):
@@ -212,11 +215,11 @@ class _Courier(threading.Thread):
         self.own = self.earlier.pop() if lock else SPOOL.resolve() / f"{name}-{time.time_ns()}"
         self.lock = lock or _make(self.own)
         self.closing = threading.Event()
-        self.away, self.tidy = False, False
+        self.short, self.away, self.tidy = False, False, False
 
     def begin(self, later: bool) -> Run:
-        """Note that the run has begun; find or start it and send from now on, unless this is for later. Raises
-        StageError if it cannot be, unless the reason may pass."""
+        """Note that the run has begun; find or start it and send from now on, or, if this is for later, from SHORT on.
+        Raises StageError if it cannot be, unless the reason may pass."""
         if not (self.own / "run.json").exists():
             write_json(self.own / "run.json", self.about)
         current = Run(self.uri, str(self.own))
@@ -226,6 +229,8 @@ class _Courier(threading.Thread):
         else:
             current.trained(self.about["afterwards"])
         if later:
+            self.short = True
+            self.start()
             return current
         try:
             self._send_left(self.earlier)  # first, as this may be what ends an earlier run
@@ -239,18 +244,20 @@ class _Courier(threading.Thread):
         return dataclasses.replace(current, start=read_json(self.own / "run.json")["start"])
 
     def run(self) -> None:
+        if self.short and self.closing.wait(SHORT):
+            return
+        self.short = False
         while not self.closing.wait(AGAIN if self.away else 1.0):
             self._round()
         self._round()
 
-    def close(self, later: bool) -> None:
-        """Send what is left, and tell if that cannot be; or leave it for later."""
+    def close(self, *, failed: bool) -> None:
+        """Send what is left, and tell if that cannot be; after a short stage that did not fail leave it for later."""
         self.closing.set()
-        if not later:
-            if self.ident is None:  # it was to be later
-                self._round()
-            else:
-                self.join()
+        self.join()
+        if self.short and failed:
+            self._round()
+        if not self.short or failed:
             if waits := _waits(self.own):
                 log.warning("%s for MLflow in %s, for the next stage to send", waits, os.path.relpath(self.own))
             else:
@@ -439,6 +446,8 @@ def _send(folder: Path) -> None:
         write_json(folder / "run.json", about)
     _send_notes(client, about["id"], folder)
     for files in sorted((folder / "files").glob("[0-9]*")):
+        for picture in files.glob(f"images/*+{START}+*"):
+            picture.rename(picture.with_name(picture.name.replace(f"+{START}+", f"+{about['start']}+")))
         client.log_artifacts(about["id"], str(files))
         shutil.rmtree(files)
 

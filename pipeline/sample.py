@@ -39,7 +39,7 @@ def main(params: _params.Params, *, verify: int | None = None) -> None:
     if verify is not None:
         check_again(orders, params, verify)
         return
-    with _track.run(params) as run:
+    with _track.run(params, later=True) as run:
         with _ray.cluster(params.runtime):
             drawn = _shards.draw(orders, params.runtime)
         with replacing_folder(OUT) as out:

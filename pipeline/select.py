@@ -46,7 +46,7 @@ def main(params: _params.Params) -> None:
             "Inception weights: name the file with evaluate.inception_weights=PATH, or set select.rule=last"
         )
     with (
-        _track.run(params) as run,
+        _track.run(params, later=True) as run,
         tempfile.TemporaryDirectory() as folder,
         _ray.cluster(params.runtime),
         replacing_folder(OUT) as out,

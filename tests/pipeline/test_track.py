@@ -127,12 +127,28 @@ def test_what_a_short_stage_logs_is_sent_by_the_next_one_or_when_it_fails(databa
     assert found.info.status == "FAILED"
     with _track.run(database, later=True) as run:
         run.metrics({"a": 3}, 3)
+        run.image(np.zeros((4, 4), np.uint8), "samples", 3)
     with _track.run(database) as again:
+        again.image(np.zeros((4, 4), np.uint8), "samples", 3)
         again.finish()
     (found,) = _runs(client := _client())
     assert found.info.status == "FINISHED"
     assert _history(client, found, "a") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert again.start == found.info.start_time
+    assert len(_images(client, found)) == 2  # one, with its preview
+    assert f"+timestamp+{found.info.start_time}+" in _images(client, found)[0]
+
+
+def test_a_stage_that_turns_out_to_take_longer_sends_by_itself(database, monkeypatch):
+    monkeypatch.setattr(_track, "SHORT", 0.1)
+    with _track.run(database, later=True) as run:
+        run.metrics({"a": 1}, 1)
+        _wait(lambda: not _track._waits(Path(run.folder)))
+        (found,) = _runs(client := _client())
+        assert _history(client, found, "a") == [(1, 1.0)]
+        run.metrics({"a": 2}, 2)
+    assert _history(client, found, "a") == [(1, 1.0), (2, 2.0)]
+    assert list(Path("runs/tracking").iterdir()) == []
     assert list(Path("runs/tracking").iterdir()) == []
 
 
