@@ -1,6 +1,7 @@
 """The stage train as a process of its own, on digits, and clusters of Ray for it."""
 
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,15 +12,17 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from pipeline import _checkpoints, _params, _ray, prepare, schedule, train
 from pipeline._store import store, write_text
 from pipeline.compose import compose
-from tests.clones import environment, repository
+from tests.clones import ROOT, environment, repository
 from tests.cluster.netlab import wait_for
 
 STEPS = 120
@@ -162,17 +165,46 @@ def losses(run):
     return _checkpoints.read(run, _checkpoints.steps(run)[0])["curves"][:, 1]
 
 
-def alone(inside, name, *overrides):
-    """The run of one worker, in this process."""
+def job_of(inside, name, *overrides):
+    """What a stage with these settings would give its workers, for a run in a folder of this name."""
     params = _params.parse(compose([*SETTINGS, *overrides]))
-    folder = store(str(inside / name / "train-alone"))
+    folder = store(str(inside / name / "train-here"))
     train.claim(folder, {})
     held_out = prepare.load("test")[0][: train.HELD_OUT]
-    job = train.Job(
-        params, _ray.Shared(path=(prepare.OUT / "train.npy").resolve()), held_out, (1, 8, 8), schedule.load(), folder
-    )
+    data = _ray.Shared(path=(prepare.OUT / "train.npy").resolve())
+    return train.Job(params, data, held_out, (1, 8, 8), schedule.load(), folder)
+
+
+def alone(inside, name, *overrides):
+    """The run of one worker, in this process."""
+    job = job_of(inside, name, *overrides)
     train.fit(job, _ray.World())
-    return folder
+    return job.folder
+
+
+def side_by_side(job, size, folder, others="", tell=lambda kind, *what: None, threads=1):
+    """Train on workers of gloo without Ray, this process the first; `others` is code for the rest to run before."""
+    (folder / "job.pickle").write_bytes(pickle.dumps(job))
+    (folder / "store").unlink(missing_ok=True)
+    code = f"""
+import pickle, sys, torch
+from pipeline import _ray, train
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size={size})
+{others}
+train.fit(pickle.load(open("{folder}/job.pickle", "rb")), _ray.World(rank, {size}, threads={threads}))
+torch.distributed.destroy_process_group()
+"""
+    rest = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT) for rank in range(1, size)]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=size, timeout=timedelta(seconds=120)
+    )
+    try:
+        train.fit(job, _ray.World(0, size, threads=threads, tell=tell))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [process.wait(60) for process in rest] == [0] * (size - 1)
 
 
 class Cluster:

@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from ncsn.training import train_draws
 from pipeline import _checkpoints, _ray, _track, schedule, train
 from pipeline._stage import StageError
 from pipeline._store import Folder, store
+from tests.stages import side_by_side
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -323,32 +323,6 @@ def test_sliced_score_matching_learns_what_denoising_score_matching_judges(learn
     assert curve[-1] < min(curve[0], 0)  # a zero score has 0
 
 
-def _workers(job, size, folder, steps, others="", tell=lambda kind, *what: None, threads=1):
-    """Train on workers of gloo, this process the first, until a step; `others` is code for the rest to run before."""
-    job = _with(job, steps=steps)
-    (folder / "job.pickle").write_bytes(pickle.dumps(job))
-    (folder / "store").unlink(missing_ok=True)
-    code = f"""
-import pickle, sys, torch
-from pipeline import _ray, train
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size={size})
-{others}
-train.fit(pickle.load(open("{folder}/job.pickle", "rb")), _ray.World(rank, {size}, threads={threads}))
-torch.distributed.destroy_process_group()
-"""
-    rest = [subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT) for rank in range(1, size)]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=size, timeout=timedelta(seconds=120)
-    )
-    try:
-        train.fit(job, _ray.World(0, size, threads=threads, tell=tell))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert [process.wait(60) for process in rest] == [0] * (size - 1)
-
-
 def _same_run(one, other, rate, steps):
     """Whether two runs differ by float summation alone: their curves, and their weights beside what these moved.
 
@@ -368,7 +342,7 @@ def test_two_workers_train_by_second_derivatives_as_one_does(job, world, compose
     job = dataclasses.replace(job, params=params)
     two = _elsewhere(job, "two")
     train.fit(job, world)
-    _workers(two, 2, tmp_path, 4)
+    side_by_side(_with(two, steps=4), 2, tmp_path)
     _same_run(job, two, params.train.learning_rate, 4)
 
 
@@ -378,9 +352,9 @@ def test_the_number_of_workers_may_change_in_mid_run(job, world, heard, tmp_path
     train.fit(job, world)
     norms = [values["train/gradient_norm"] for _, values in heard.rows]
     heard.rows.clear()
-    _workers(changing, 2, tmp_path, 4, tell=heard)
+    side_by_side(_with(changing, steps=4), 2, tmp_path, tell=heard)
     train.fit(_with(changing, steps=8), world)
-    _workers(changing, 4, tmp_path, 12, tell=heard, threads=2)
+    side_by_side(_with(changing, steps=12), 4, tmp_path, tell=heard, threads=2)
     _same_run(job, changing, job.params.train.learning_rate, 12)
     assert [values["train/gradient_norm"] for _, values in heard.rows] == pytest.approx(norms, rel=1e-3)
 
@@ -399,7 +373,7 @@ def hungry(loss):
     return scarce
 train.objective = hungry
 """
-    _workers(scarce, 2, tmp_path, 12, hungry)
+    side_by_side(_with(scarce, steps=12), 2, tmp_path, hungry)
     assert "out of memory: going on with train.micro_batch=2" in caplog.text
     _same_run(job, scarce, job.params.train.learning_rate, 12)
 
