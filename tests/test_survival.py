@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, _params, train
+from pipeline import _checkpoints, _params, _ray, train
 from pipeline._stage import STOPPED, StageError
 from pipeline.compose import compose
 from tests.stages import SETTINGS, Stage, job_of, side_by_side, slowed, workers_below
@@ -75,6 +75,30 @@ def test_a_signal_before_training_begins_ends_at_once(inside):
     assert "1 worker, " not in stage.printed()
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A local one, for stages that are called in this process."""
+    with _ray.cluster(_params.parse(compose(SETTINGS)).runtime):
+        yield
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_that_diverges_ends_without_another_try(inside, monkeypatch):
+    begun = []
+
+    class Ear(train.Ear):
+        def __call__(self, kind, *what):
+            begun.extend([kind] if kind == "at" else [])
+            super().__call__(kind, *what)
+
+    monkeypatch.setattr(train, "Ear", Ear)
+    bad = ["train.learning_rate=1e30", "train.warmup=0", "train.max_skipped=3", "runtime.storage=diverging"]
+    with pytest.raises(StageError, match="last good checkpoint: step 0 in"):
+        train.main(_params.parse(compose([*SETTINGS, *bad])))
+    assert len(begun) == 1
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_that_dies_too_often_ends_it(inside):
     def kill():
         """The worker, when there is a checkpoint."""

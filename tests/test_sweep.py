@@ -50,9 +50,6 @@ def test_four_trials_of_which_one_diverges_survive_the_driver(inside):
     assert (len(finished), {each["state"] for each in finished}) == (3, {"finished"})
     assert (failed["state"], failed["setting"]["sigma_1"]) == ("failed", 1e30)
     assert "not finite" in failed["reason"]
-    assert "last good checkpoint: step 0 in" in failed["reason"]
-    (log,) = (inside / "runs").glob(f"tune-*/{failed['trial']}/log.txt")
-    assert log.read_text().count("2 workers, ") == 1  # no other try
     assert "as_given" in {each["trial"] for each in finished}
     assert [each["fid"] for each in finished] == sorted(each["fid"] for each in finished)
     assert all(len(each["ways"]) == 2 for each in finished)
