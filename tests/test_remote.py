@@ -82,7 +82,7 @@ def test_the_graph_runs_on_a_cluster_s3_and_a_tracking_server_by_their_addresses
     folder = repository(tmp_path / "clone")
     monkeypatch.chdir(folder)
     # a low rate, so that float summation does not grow into other curves
-    settings = ["train.steps=80", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
+    settings = ["model=ncsnv2", "train.steps=80", "train.save_every=20", "train.learning_rate=1e-5", "train.warmup=0"]
     settings.append("train.preview_every=80")
     storage = f"s3://{s3.BUCKET}/graph"
     with s3.TrackingServer(tmp_path / "mlflow", objects=on_s3) as server, Cluster(cpus=0) as cluster:

@@ -16,7 +16,7 @@ from tests.stages import SETTINGS, Sampling
 
 pytestmark = pytest.mark.graph
 
-N, RANGES, SHARD = 40, 2, 10
+N, RANGES, SHARD = 40, 2, 5
 IMAGES = [f"sample.n={N}", f"sample.ranges={RANGES}", f"sample.shard_size={SHARD}"]
 
 

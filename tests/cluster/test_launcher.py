@@ -121,6 +121,7 @@ def on_pods(kube):
 
 TRAINING = [
     "experiment=tiny",
+    "model=ncsnv2",
     "train.steps=2000",  # enough for a second node to come
     "train.save_every=20",
     "runtime.workers=[1,2]",
@@ -157,7 +158,7 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
         return log.read_text()[-3000:]
 
     # a low rate, so that float summation does not grow into other curves
-    training = ["train.steps=160", "train.save_every=8", "train.learning_rate=1e-5", "train.warmup=0"]
+    training = ["model=ncsnv2", "train.steps=160", "train.save_every=8", "train.learning_rate=1e-5", "train.warmup=0"]
     settings = ["experiment=tiny", "train.preview_every=160", "runtime.workers=[1,2]", "runtime.resize_interval=2"]
     graph = on_slurm.spawn(log, "submit", "--start", "cluster/repro.py", "--", *settings, *training)
 

@@ -132,13 +132,13 @@ def test_inception_with_random_weights_agrees_with_torch_fidelity(
         "verbose": False,
     }
     # IS by the whole network, of few images: one takes half a second.
-    few = pixels(10, 3, 32, seed=3)
-    isc = torch_fidelity.calculate_metrics(input1=Pictures(few), isc=True, isc_splits=5, **settings)
+    few = pixels(4, 3, 32, seed=3)
+    isc = torch_fidelity.calculate_metrics(input1=Pictures(few), isc=True, isc_splits=2, **settings)
     layers = seen(inception, few, tmp_path).layers
-    assert (layers["2048"].shape, layers["logits_unbiased"].shape) == ((10, 2048), (10, 1008))
+    assert (layers["2048"].shape, layers["logits_unbiased"].shape) == ((4, 2048), (4, 1008))
     assert layers["2048"].std(dim=0).mean() > 0.001  # not all alike
     mean, std = (
-        isc_features_to_metric(layers["logits_unbiased"], 5, True, 0)[key]
+        isc_features_to_metric(layers["logits_unbiased"], 2, True, 0)[key]
         for key in (torch_fidelity.KEY_METRIC_ISC_MEAN, torch_fidelity.KEY_METRIC_ISC_STD)
     )
     assert mean == pytest.approx(isc[torch_fidelity.KEY_METRIC_ISC_MEAN], rel=1e-6)
