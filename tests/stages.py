@@ -25,8 +25,7 @@ from pipeline.compose import compose
 from tests.clones import ROOT, environment, repository
 from tests.cluster.netlab import wait_for
 
-STEPS = 120
-SETTINGS = ["experiment=tiny", f"train.steps={STEPS}", "train.save_every=8", "train.preview_every=400"]
+SETTINGS = ["experiment=tiny", "train.steps=120", "train.save_every=8", "train.preview_every=400"]
 PATIENCE = 240  # seconds for what takes a quarter of a minute on a quiet machine
 
 
