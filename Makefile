@@ -50,10 +50,11 @@ lock: setup ## Write requirements.lock anew from pyproject.toml
 clean: ## Delete what runs leave behind: out/, runs/ (checkpoints, finished shards, what waits for MLflow); keeps MLflow's runs
 	rm -rf out runs
 
-.venv/.done: requirements.lock pyproject.toml
+.venv/.done: requirements.lock pyproject.toml pipeline/collect_seldom.pth
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	cp pipeline/collect_seldom.pth .venv/lib/python3*/site-packages/
 	touch $@

@@ -16,9 +16,24 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than cores: some tests wait, for hosts that come and for others that go."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
-    """The whole graph first: it takes longest, and what runs beside it is many small tests."""
-    items.sort(key=lambda item: item.get_closest_marker("graph") is None)
+    """What takes longest first, the whole graph, clusters and benchmarks, so that at the end no core is without work."""
+
+    def rank(item):
+        first = (
+            item.get_closest_marker("graph"),
+            item.path.parent.name == "cluster",
+            item.path.stem == "test_benchmarks",
+        )
+        return [not each for each in first]
+
+    items.sort(key=rank)
 
 
 def pytest_runtest_setup(item):
