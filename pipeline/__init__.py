@@ -3,7 +3,7 @@
 import atexit
 import gc
 
-# By default Python looks for cycles among each 700 new objects that stay, a sixth of the time of our imports, and at the
-# end three times among all objects, which takes as long again; not among frozen ones.
+# By default Python looks for cycles among each 700 new objects that stay, a sixth of the time of our imports, and among
+# all of them when it ends, thrice, which takes as long again. It leaves out frozen ones.
 gc.set_threshold(50_000)
 atexit.register(gc.freeze)

@@ -23,15 +23,11 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest first, the whole graph, clusters and benchmarks, so that at the end no core is without work."""
+    """What takes longest first, graphs, clusters, benchmarks, so that at the end no core is without work."""
 
     def rank(item):
-        first = (
-            item.get_closest_marker("graph"),
-            item.path.parent.name == "cluster",
-            item.path.stem == "test_benchmarks",
-        )
-        return [not each for each in first]
+        path = item.path
+        return [not item.get_closest_marker("graph"), path.parent.name != "cluster", path.stem != "test_benchmarks"]
 
     items.sort(key=rank)
 
