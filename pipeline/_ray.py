@@ -269,6 +269,10 @@ def train(
             idle = ["DatasetsCallback", *(["PlacementGroupCleanerCallback"] if _local(runtime) else [])]
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
 
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leave Ctrl-C to Python: Ray's handler would stay when training is over, and then ask a controller that
+            is gone, for which it starts a cluster, or end the program as if all were well."""
+
     class Quiet(UserCallback):  # type: ignore[misc]
         """Silences, where it arrives, the request for more nodes, of which a local cluster has none: where processes
         start slowly it prints a traceback."""

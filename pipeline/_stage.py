@@ -15,6 +15,7 @@ from pipeline import _params
 
 log = logging.getLogger("pipeline")
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 
 
 class StageError(RuntimeError):
@@ -120,6 +121,9 @@ def run(
     except StoppedError as error:
         log.warning("%s (exit status %d)", error, STOPPED)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        log.warning("stopped by Ctrl-C: what is saved stays, and the same command goes on from there")
+        sys.exit(INTERRUPTED)
     except (_params.ParamsError, StageError) as error:
         sys.exit(f"error: {error}")
     log.info("done in %.1f s", time.monotonic() - start)

@@ -96,6 +96,7 @@ def test_a_run_that_diverges_ends_without_another_try(inside, monkeypatch):
     with pytest.raises(StageError, match="last good checkpoint: step 0 in"):
         train.main(_params.parse(compose([*SETTINGS, *bad])))
     assert len(begun) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not Ray's, whose controller is gone
 
 
 @pytest.mark.usefixtures("cluster")

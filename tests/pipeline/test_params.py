@@ -1,5 +1,6 @@
 """params.yaml: the committed file is the composition, and bad values end in one line that names them."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ncsn.noise import geometric_sigmas, suggest_epsilon
-from pipeline import _params
+from pipeline import _params, _stage
 from pipeline.compose import CONF, compose
 
 ROOT = Path(__file__).parent.parent.parent
@@ -237,6 +238,17 @@ def test_a_stage_ends_in_that_one_line_and_a_status(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["error: features.batch_size='abc': expected a whole number >= 2"]
+
+
+def test_ctrl_c_ends_a_stage_in_one_line_and_a_status(tmp_path, monkeypatch, caplog):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.setattr(sys, "argv", ["stage", "--params", str(tmp_path / "params.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        _stage.run("stage", None, lambda params: signal.raise_signal(signal.SIGINT))
+    assert ended.value.code == 130
+    assert [record.message for record in caplog.records] == [
+        "stopped by Ctrl-C: what is saved stays, and the same command goes on from there"
+    ]
 
 
 def test_compose_writes_the_file(tmp_path):
