@@ -32,7 +32,7 @@ def _same_bits(one, other):
 
 def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(inside, tmp_path):
     """To those of two workers without Ray, which train as one does: tests/pipeline/test_train.py."""
-    steps = 80
+    steps = 120
     settings = ["runtime.workers=2", f"train.steps={steps}"]
     settings += ["model=ncsnv2", "train.batch_size=64"]  # so that the run is not over before the signals come
     with Stage(inside, *settings, name="broken") as stage:
@@ -41,8 +41,10 @@ def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(i
         assert stage.newest < steps
     with stage:
         stage.told("going on from step")
-        stage.trained(stage.newest + 8)
-        stage.workers()[1].kill()
+        worker = stage.workers()[1]
+        with slowed(worker):
+            stage.trained(stage.newest + 8)
+        worker.kill()
         stage.until(lambda: stage.printed().count("going on from step") == 2)
         with slowed(stage.workers()[1]):
             stage.trained(stage.newest + 8)
