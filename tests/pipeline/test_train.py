@@ -347,14 +347,14 @@ def test_two_workers_train_by_second_derivatives_as_one_does(job, world, compose
 
 
 def test_the_number_of_workers_may_change_in_mid_run(job, world, heard, tmp_path):
-    job = _with(job, decay="constant", warmup=0, batch_size=17)  # shares of 9 and 8, or of 4 and 5
+    job = _with(job, decay="constant", warmup=0, batch_size=17)  # shares of 9 and 8, or of 6 and 5
     changing = _elsewhere(job, "changing")
     train.fit(job, world)
     norms = [values["train/gradient_norm"] for _, values in heard.rows]
     heard.rows.clear()
     side_by_side(_with(changing, steps=4), 2, tmp_path, tell=heard)
     train.fit(_with(changing, steps=8), world)
-    side_by_side(_with(changing, steps=12), 4, tmp_path, tell=heard, threads=2)
+    side_by_side(_with(changing, steps=12), 3, tmp_path, tell=heard, threads=2)
     _same_run(job, changing, job.params.train.learning_rate, 12)
     assert [values["train/gradient_norm"] for _, values in heard.rows] == pytest.approx(norms, rel=1e-3)
 
