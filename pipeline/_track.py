@@ -174,8 +174,8 @@ def run(
 
     Args:
         params: Of the stage.
-        later: Leave what is logged for the next stage to send if the body takes less than SHORT seconds, about as long
-            as MLflow to be imported, and does not raise.
+        later: If the body takes less than SHORT seconds and does not raise, leave what is logged for the next stage to
+            send: MLflow alone takes two to be imported.
         afterwards: The hash of weights: join the newest run that they were `trained` in, whether or not it has ended,
             and leave its status as it is.
         sweep: A name, for a run of its own that has the trials of this sweep below it.
