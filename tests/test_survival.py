@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from pipeline import _checkpoints, _params, _ray, train
 from pipeline._stage import STOPPED, StageError
 from pipeline.compose import compose
-from tests.stages import SETTINGS, Stage, job_of, side_by_side, slowed, workers_below
+from tests.stages import SETTINGS, Stage, alone, job_of, losses, side_by_side, slowed, workers_below
 
 pytestmark = pytest.mark.graph
 
@@ -31,7 +31,7 @@ def _same_bits(one, other):
 
 
 def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(inside, tmp_path):
-    """To those of two workers without Ray, which train as one does: tests/pipeline/test_train.py."""
+    """To those of two workers without Ray, which train as one does."""
     steps = 120
     settings = ["runtime.workers=2", f"train.steps={steps}"]
     settings += ["model=ncsnv2", "train.batch_size=64"]  # so that the run is not over before the signals come
@@ -66,6 +66,8 @@ def test_a_killed_driver_and_killed_and_stopped_workers_go_on_to_the_same_bits(i
     unbroken = job_of(inside, "unbroken", *settings)
     side_by_side(unbroken, 2, tmp_path)
     _same_bits(stage.run, unbroken.folder)
+    one = alone(inside, "one", *settings)
+    torch.testing.assert_close(losses(unbroken.folder), losses(one), rtol=1e-4, atol=0)
 
 
 def test_a_signal_before_training_begins_ends_at_once(inside):
