@@ -1,7 +1,7 @@
 """Functions on N Ray workers; the only importer of ray.
 
-`train` runs one function in lockstep on every worker (Ray Train), `shards` maps one over independent pieces of work
-(a pool of actors). What they run knows nothing of Ray: it is handed a `World`.
+`train` runs one function in lockstep on every worker (Ray Train), `meet` does so for what it returns, `shards` maps one
+over independent pieces of work (a pool of actors). What they run knows nothing of Ray: it is handed a `World`.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline import _params
 from pipeline._mailbox import Mailbox
@@ -38,8 +39,9 @@ HERE = "NCSN_CLUSTER_IS_LOCAL"
 OBJECT_LIMIT = 2**30  # bytes from which on data does not go through Ray's object store
 LONGEST = timedelta(days=1)  # that workers wait for each other; for one that died they do not wait
 ANSWER = 25.0  # seconds within which the workers should say that they stop
+MEETING = timedelta(minutes=3)  # that workers wait for each other only to meet
 BUCKET = 64 * 2**20  # bytes that travel between workers at once
-BEGUN, STOPPING = "begun", "stopping"  # messages of our own
+BEGUN, SAID, STOPPING = "begun", "said", "stopping"  # messages of our own
 MOST_THREADS = 4  # that train side by side: more would wait for Python's lock; other cores help inside operations
 
 
@@ -386,6 +388,8 @@ class _Post:
         for kind, *what in ray.get(self.mailbox.take.remote()):
             if kind == BEGUN:
                 self.signals.held = True
+            elif kind == SAID:
+                log.log(*what)
             elif kind == STOPPING:
                 self.answered = True
             else:
@@ -394,6 +398,18 @@ class _Post:
             log.warning("no worker has answered for %.0f s: ending with the checkpoints that are there", ANSWER)
             self.answered = True
             self.signals.give_up()
+
+
+class _ByMail(logging.Handler):
+    """Has the driver log what a worker logs. What it prints comes there, too, but by way of files, in which the last
+    lines of a run may stay."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__()
+        self.mailbox = mailbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.mailbox.put.remote(SAID, record.levelno, "%s", record.getMessage())
 
 
 class _Poll:
@@ -633,12 +649,57 @@ class _Actor:
         return self.fn(job)
 
 
+def meet(fn: Callable[[Any, World], Any], job: Any, runtime: _params.Runtime) -> list[Any]:
+    """What fn(job, world) returns on each of runtime.workers, by rank, within `cluster`: workers that see each other as
+    those of `train` do, in a third of the time, since Ray Train with its helpers is not started.
+
+    Raises:
+        Exception: What fn raised, or their meeting.
+        StageError: If a worker died.
+    """
+    size = most(runtime.workers)
+    options = {"num_gpus": runtime.gpus_per_worker} if _gpus() else {"num_cpus": 1.0}
+    worker = ray.remote(max_restarts=0, **options)(_Guest)
+    guests = [worker.remote(_credentials()) for _ in range(size)]
+    try:
+        place = ray.get(guests[0].invite.remote(size))
+        return list(ray.get([guest.meet.remote(fn, job, rank, size, place) for rank, guest in enumerate(guests)]))
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayActorError as error:
+        raise StageError(f"a worker died: {' '.join(str(error).split())}") from error
+    finally:
+        for guest in guests:
+            ray.kill(guest)
+
+
+class _Guest(_Actor):
+    """A worker of a meeting."""
+
+    def invite(self, size: int) -> tuple[str, int]:
+        """Where the others, and this one, find each other."""
+        address = ray.util.get_node_ip_address()
+        self.place = TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
+        return address, self.place.port
+
+    def meet(self, fn: Callable[[Any, World], Any], job: Any, rank: int, size: int, place: tuple[str, int]) -> Any:
+        """fn(job, world) in a group of all guests."""
+        device = torch.device("cuda:0" if ray.get_gpu_ids() else "cpu")
+        if size > 1:
+            torch.distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=TCPStore(*place, size, is_master=False) if rank else self.place,
+                rank=rank,
+                world_size=size,
+                timeout=MEETING,
+            )
+        return fn(job, World(rank, size, device))
+
+
 def _train_worker(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
     os.environ.update(config["environment"])
     mailbox, context, device = config["mailbox"], get_context(), get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -651,6 +712,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     on_gpus = size > 1 and device.type == "cuda"
     host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if on_gpus else None
     if rank == 0:
+        log.setLevel(logging.INFO)
+        log.addHandler(_ByMail(mailbox))
+        log.propagate = False  # else Ray prints it, too
         mailbox.put.remote(BEGUN)
         log.info("%d worker%s, %s", size, "s" * (size > 1), _describe(device, cores))
 

@@ -144,7 +144,7 @@ def workers(params: _params.Params) -> Iterator[Finding]:
     """The cluster, and a meeting of the workers that a training would have."""
     if address := _ray.given_address(params.runtime):
         yield reached(address)
-    with _stage.StopSignals() as signals, _ray.cluster(params.runtime, quiet=True):
+    with _ray.cluster(params.runtime, quiet=True):
         there = _ray.resources()
         unit, asked = ("GPU" if there["GPU"] else "CPU"), _ray.most(params.runtime.workers)
         many = "s" * (there["nodes"] != 1)
@@ -160,12 +160,9 @@ def workers(params: _params.Params) -> Iterator[Finding]:
             )
         else:
             yield Finding("ray", OK, told)
-        runtime = dataclasses.replace(params.runtime, workers=coming, max_failures=0)
-        met: list[dict[str, Any]] = []
-        _ray.train(
-            meet, params.runtime.storage, runtime, name="doctor", signals=signals, hear=lambda _, each: met.append(each)
-        )
-    yield from compared(sorted(met, key=lambda each: each["rank"]))
+        runtime = dataclasses.replace(params.runtime, workers=coming)
+        met = _ray.meet(meet, params.runtime.storage, runtime)
+    yield from compared(met)
 
 
 def reached(address: str) -> Finding:
@@ -183,7 +180,7 @@ def reached(address: str) -> Finding:
     return Finding("port", OK, f"{address} answers")
 
 
-def meet(storage: str, world: _ray.World) -> None:
+def meet(storage: str, world: _ray.World) -> dict[str, Any]:
     """On each worker: add the ranks up with the others, and tell what is here."""
     total = torch.tensor(float(world.rank + 1), device=world.device)
     world.sum(total)
@@ -193,20 +190,17 @@ def meet(storage: str, world: _ray.World) -> None:
             where.check()
         except StageError as error:
             problem = str(error)
-    world.tell(
-        "met",
-        {
-            "rank": world.rank,
-            "size": world.size,
-            "host": socket.gethostname(),
-            "device": str(world.device),
-            "sum": float(total),
-            "backend": torch.distributed.get_backend() if world.size > 1 else None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "storage": problem,
-            "free": shutil.disk_usage(tempfile.gettempdir()).free,
-        },
-    )
+    return {
+        "rank": world.rank,
+        "size": world.size,
+        "host": socket.gethostname(),
+        "device": str(world.device),
+        "sum": float(total),
+        "backend": torch.distributed.get_backend() if world.size > 1 else None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "storage": problem,
+        "free": shutil.disk_usage(tempfile.gettempdir()).free,
+    }
 
 
 def compared(met: list[dict[str, Any]]) -> Iterator[Finding]:
