@@ -1,6 +1,8 @@
 """A real Slurm on the hosts of a NetLab: slurmctld on the host login, a slurmd on each of its nodes.
 
-Of Debian's packages munge, slurmctld, slurmd and slurm-client; nothing in /etc is read or written.
+Of Debian's packages munge, slurmctld, slurmd and slurm-client; nothing in /etc is read or written. A job put back into
+the queue waits there for as long as credentials live, here 20 seconds, by default 120: started earlier, by `scontrol
+update`, one of eight fails.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ SlurmctldHost=login({login})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=/tmp/munge.sock
+AuthInfo=socket=/tmp/munge.sock,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmctldPidFile={root}/state/slurmctld.pid

@@ -6,6 +6,7 @@ import pytest
 
 from tests.clones import repository
 from tests.cluster.netlab import wait_for
+from tests.stages import slowed, workers_below
 
 pytestmark = pytest.mark.slurm
 
@@ -24,7 +25,7 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     """Two hosts; USR1 comes as it does before the time limit; the job is put back into the queue by itself."""
     clone = repository(slurm.home / "batch")
     (clone / ".venv").symlink_to(sys.prefix)
-    words = ["train", "experiment=tiny", "model=ncsnv2", "train.steps=100", "train.save_every=20"]
+    words = ["train", "experiment=tiny", "model=ncsnv2", "train.steps=100", "train.save_every=4"]
     words.append("runtime.workers=2")  # more than one host has room for
     submit = ["sbatch", "--parsable", f"--output={clone}/job.out", "cluster/slurm/train.sbatch", *words]
     quick = {"OMP_NUM_THREADS": "1", "WORKERS_PATIENCE": "3"}  # all hosts compute on the cores of this machine
@@ -42,22 +43,26 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
         return fields()["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
     def text():
-        return printed.read_text()[-4000:] if printed.exists() else "nothing printed"
+        shown = slurm.run("login", "sh", "-c", f"scontrol -o show job {job}; sinfo -N -l; sinfo -R", check=False).stdout
+        return (printed.read_text()[-4000:] if printed.exists() else "nothing printed") + shown
 
-    wait_for(lambda: max(steps(), default=0) >= 4 or not going(), 400, text)
-    assert going(), text()
-    slurm.run("login", "scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: fields()["Restarts"] == "1" or not going(), 120, text)
+    def begun():
+        return printed.exists() and "2 workers, " in printed.read_text()
+
+    wait_for(lambda: begun() or not going(), 400, text)
+    worker, _ = (each for node in slurm.nodes for each in workers_below(slurm.init[node]))
+    with slowed(worker):
+        wait_for(lambda: max(steps(), default=0) >= 4 or not going(), 120, text)
+        assert going(), text()
+        slurm.run("login", "scancel", "--batch", "--signal=USR1", job)
+        wait_for(lambda: fields()["Restarts"] == "1" or not going(), 120, text)
     at = max(steps())
     assert 4 <= at < 100, text()
 
-    def starts():
-        """Slurm would let it wait for two minutes."""
-        slurm.run("login", "scontrol", "update", f"jobid={job}", "starttime=now", check=False)
-        return fields()["JobState"] in ("CONFIGURING", "RUNNING")
-
-    wait_for(starts, 180, text)
+    wait_for(lambda: fields()["JobState"] in ("CONFIGURING", "RUNNING"), 180, text)
     wait_for(lambda: not going(), 600, text)
     assert (fields()["JobState"], fields()["ExitCode"]) == ("COMPLETED", "0:0"), text()
     assert "told to save and to go on later" in printed.read_text()
+    assert f"going on from step {at} " in printed.read_text()
+    assert "numbers added up by gloo" in printed.read_text()  # by the doctor
     assert (clone / "out" / "train" / "model.json").is_file()

@@ -287,9 +287,9 @@ def test_networks_of_2019_and_2020_train_and_draw_under_ve(name):
     sigmas = noise.geometric_sigmas(2.0, 0.1, 12)
     network = NCSN(channels=1, width=8, sigmas=sigmas) if name == "ncsn" else NCSNv2(channels=1, width=8)
     score = at_nearest_level(network, sigmas) if name == "ncsn" else network
-    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=8e-3)
     x, found = image.expand(64, 1, 4, 4), []
-    for _ in range(150):
+    for _ in range(100):
         t = torch.rand(64, dtype=torch.float64)
         loss = losses.continuous_score_matching(score, sde, x, t, torch.randn(x.shape)).mean()
         optimizer.zero_grad()
