@@ -1,5 +1,7 @@
 """Training that is killed, stopped and resized: real Ray processes, real signals."""
 
+import dataclasses
+import operator
 import os
 import signal
 import threading
@@ -10,7 +12,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline import _checkpoints, _params, _ray, train
+from pipeline import _checkpoints, _params, _ray, doctor, train
 from pipeline._stage import STOPPED, StageError
 from pipeline.compose import compose
 from tests.stages import SETTINGS, Stage, alone, job_of, losses, side_by_side, slowed, workers_below
@@ -79,10 +81,13 @@ def test_a_signal_before_training_begins_ends_at_once(inside):
     assert "1 worker, " not in stage.printed()
 
 
+PAIR = _params.parse(compose([*SETTINGS, "runtime.workers=2"])).runtime
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A local one, for stages that are called in this process."""
-    with _ray.cluster(_params.parse(compose(SETTINGS)).runtime):
+    with _ray.cluster(PAIR):
         yield
 
 
@@ -120,3 +125,11 @@ def test_a_worker_that_dies_too_often_ends_it(inside):
         long = ["train.steps=4000", "runtime.max_failures=0", "runtime.storage=unlucky"]
         train.main(_params.parse(compose([*SETTINGS, *long])))
     thread.join()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_meet_and_what_one_raises_is_raised(inside):
+    met = _ray.meet(doctor.meet, str(inside), PAIR)
+    assert [(each["rank"], each["sum"], each["backend"]) for each in met] == [(0, 3.0, "gloo"), (1, 3.0, "gloo")]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ray.meet(operator.truediv, 1, dataclasses.replace(PAIR, workers=1))

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import operator
 import platform
 import socket
 import subprocess
@@ -140,17 +139,14 @@ def test_workers_are_compared():
 
 @pytest.mark.usefixtures("one_cluster")
 def test_all_is_well_here(workdir, params, capsys, monkeypatch):
-    pair = _changed(params, "runtime", workers=2)
     with pytest.raises(SystemExit) as ended:  # in an empty folder
-        doctor.main(pair, as_json=True)
+        doctor.main(params, as_json=True)
     assert ended.value.code == 1
     found = json.loads(capsys.readouterr().out)
     assert {each["what"] for each in found} >= {"python", "packages", "storage", "mlflow", "data", "ray", "workers"}
     assert [each["what"] for each in found if each["state"] == PROBLEM] == ["dvc"]
     (met,) = (each["told"] for each in found if each["what"] == "workers")
-    assert met == f"2 on {socket.gethostname()}, cpu, numbers added up by gloo"
-    with pytest.raises(TypeError, match="unsupported operand"):  # on a worker
-        _ray.meet(operator.truediv, 1, params.runtime)
+    assert met == f"1 on {socket.gethostname()}, cpu"
     subprocess.run(["dvc", "init", "-q", "--no-scm"], check=True)
     monkeypatch.delitem(doctor.CHECKS, "ray")  # once is enough
     doctor.main(params)
