@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro figures test check format ui s3 lock clean
+.PHONY: help setup repro figures test suite check format ui s3 lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,9 @@ repro: setup ## Run the graph: digits in, drawn digits, FID, report and an MLflo
 figures: setup ## Draw the papers' figures and the frontier of samplers, tell bits; runs what they need of the graph
 	dvc repro $(addprefix sweeps/dvc.yaml:,figures strips frontier likelihood)
 
-test: check ## Run every check: linters, types, import contracts, tests
+test: check suite ## Run every check: linters, types, import contracts, tests
+
+suite: setup
 	pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Run the checks that need no run: ruff, mypy, import-linter

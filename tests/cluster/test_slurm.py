@@ -25,7 +25,7 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
     """Two hosts; USR1 comes as it does before the time limit; the job is put back into the queue by itself."""
     clone = repository(slurm.home / "batch")
     (clone / ".venv").symlink_to(sys.prefix)
-    words = ["train", "experiment=tiny", "model=ncsnv2", "train.steps=100", "train.save_every=4"]
+    words = ["train", "experiment=tiny", "model=ncsnv2", "train.steps=100", "train.save_every=8"]
     words.append("runtime.workers=2")  # more than one host has room for
     submit = ["sbatch", "--parsable", f"--output={clone}/job.out", "cluster/slurm/train.sbatch", *words]
     quick = {"OMP_NUM_THREADS": "1", "WORKERS_PATIENCE": "3"}  # all hosts compute on the cores of this machine
