@@ -122,6 +122,11 @@ def workers_below(process, title="RayTrainWorker"):
     return found
 
 
+def workers_on(lab):
+    """Those on all hosts of a lab."""
+    return [each for host in list(lab.init.values()) for each in workers_below(host)]
+
+
 @contextmanager
 def slowed(process):
     """Meanwhile a process runs for a tenth of the time, so that it is not done before something else happens."""

@@ -6,7 +6,7 @@ import pytest
 
 from tests.clones import repository
 from tests.cluster.netlab import wait_for
-from tests.stages import slowed, workers_below
+from tests.stages import slowed, workers_on
 
 pytestmark = pytest.mark.slurm
 
@@ -50,8 +50,7 @@ def test_a_batch_job_that_is_told_to_save_goes_on_where_it_was(slurm):
         return printed.exists() and "2 workers, " in printed.read_text()
 
     wait_for(lambda: begun() or not going(), 400, text)
-    worker, _ = (each for node in slurm.nodes for each in workers_below(slurm.init[node]))
-    with slowed(worker):
+    with slowed(workers_on(slurm)[0]):
         wait_for(lambda: max(steps(), default=0) >= 4 or not going(), 120, text)
         assert going(), text()
         slurm.run("login", "scancel", "--batch", "--signal=USR1", job)
