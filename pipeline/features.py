@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncsn import images
+from ncsn.training import AdamW
 from pipeline import _params, _stage, _track, prepare
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, sha256, write_json
@@ -156,7 +157,7 @@ def train_classifier(x: np.ndarray, labels: np.ndarray, classes: int, settings: 
     network = Classifier(x.shape[1:], classes)
     initialise(network, generator)
     network.to(device).train()
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate)
+    optimiser = AdamW(network.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )

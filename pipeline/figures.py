@@ -28,7 +28,7 @@ from ncsn import images, noise, random, samplers
 from ncsn.losses import sliced_score_matching
 from ncsn.networks import MLP, ResScore
 from ncsn.toy import Mixture
-from ncsn.training import data_order
+from ncsn.training import Adam, data_order
 from pipeline import _params, _stage
 from pipeline._pictures import STYLE
 from pipeline._stage import StageError, log
@@ -272,7 +272,7 @@ def fit(
     Raises:
         StageError: If a loss is not finite.
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    optimizer = Adam(network.parameters(), lr=learning_rate)
     losses = np.empty(steps)
     for step in tqdm(range(steps), unit="step", desc=what, mininterval=1):
         index = torch.arange(step * batch_size, (step + 1) * batch_size)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ncsn import images, random, samplers
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
 from ncsn.networks import NCSN, NETWORKS, DDPMpp, ScoreNetwork
-from ncsn.training import Objective, TrainState, accumulate_gradients, data_order, train_positions, update
+from ncsn.training import Adam, Objective, TrainState, accumulate_gradients, data_order, train_positions, update
 from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log
@@ -559,7 +559,7 @@ def start(job: Job, world: _ray.World) -> tuple[TrainState, Tensor, Tensor]:
     each level since the curves' last row, shape (L, 2), which worker 0 has of all."""
     p, L = job.params, job.schedule["L"]
     model = initial_network(job.network, p.train.seed).to(world.device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(
+    optimizer = Adam(
         model.parameters(), lr=p.train.learning_rate, betas=(0.9, p.train.beta_2), eps=p.train.adam_eps, fused=True
     )
     state = TrainState(model, optimizer, ema_decay=p.train.ema_decay, ema_warmup=p.train.ema_warmup)

@@ -1,11 +1,14 @@
 """EMA, data order, draws, the training step: exact recursions, resume, the official trace's first losses."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from ncsn import training
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
 from ncsn.networks import NCSNv2
 from ncsn.noise import geometric_sigmas
@@ -193,6 +196,45 @@ def test_draws_belong_to_the_sample_and_cover_the_levels_evenly():
     assert torch.equal(part_z, z[100:107])
     counts = torch.bincount(level, minlength=5).double()
     assert ((counts - 2000) ** 2 / 2000).sum() < 4 + 5 * 8**0.5
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_an_optimizer_is_torchs_to_the_bit_and_reads_its_state(name):
+    def trained(kind, loaded=None):
+        torch.manual_seed(0)
+        network = nn.Linear(3, 2)
+        optimizer = kind(network.parameters(), lr=0.1)
+        if loaded is not None:
+            optimizer.load_state_dict(copy.deepcopy(loaded))
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+        return [*network.parameters()], optimizer.state_dict()
+
+    mine, torchs = getattr(training, name), getattr(torch.optim, name)
+    weights, state = trained(mine)
+    for got, expected in ((trained(mine), trained(torchs)), (trained(torchs, state), trained(mine, state))):
+        assert all(torch.equal(*pair) for pair in zip(got[0], expected[0], strict=True))
+        assert got[1]["param_groups"] == expected[1]["param_groups"]
+        assert all(torch.equal(*(each[1]["state"][k]["exp_avg_sq"] for each in (got, expected))) for k in (0, 1))
+    assert not torch.equal(weights[0], trained(mine, state)[0][0])
+
+
+def test_training_loads_no_compiler():
+    code = """
+import sys, torch
+from ncsn.networks import NCSNv2
+from ncsn.training import Adam, TrainState, train_step
+network = NCSNv2(channels=1, width=4)
+state = TrainState(network, Adam(network.parameters(), fused=True), ema_decay=0.99)
+x = torch.rand(2, 1, 4, 4)
+train_step(state, x, torch.ones(2), torch.randn_like(x))
+state.load_state_dict(state.state_dict())
+print(state.step, sorted(sys.modules.keys() & {"torch._dynamo", "torch._inductor", "triton", "sympy"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 []\n"
 
 
 def test_loss_falls():
