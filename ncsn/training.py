@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,17 +16,6 @@ SHOWN = 3  # names in a message
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # (phi - 1) 2^64, as an int64
 
 Objective = Callable[..., Tensor]  # objective(score, x, sigma, *draws) -> (B,)
-
-
-def eager(kind: type[torch.optim.Adam]) -> type[torch.optim.Adam]:
-    """An optimizer of torch as it is where nothing is compiled: the same bits, the same state. torch's own, when first
-    used, tells its compiler to let it be, and loads that: two seconds more in each process that trains."""
-    methods = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
-    plain = {name: inspect.unwrap(getattr(kind, name)) for name in methods}
-    return type(kind.__name__, (kind,), plain | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
-
-
-Adam, AdamW = eager(torch.optim.Adam), eager(torch.optim.AdamW)
 
 
 class EMA:

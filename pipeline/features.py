@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncsn import images
-from ncsn.training import AdamW
+from ncsn.optim import AdamW
 from pipeline import _params, _stage, _track, prepare
 from pipeline._stage import StageError, log
 from pipeline._store import read_json, replacing_folder, sha256, write_json

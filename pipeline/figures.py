@@ -27,8 +27,9 @@ from tqdm import tqdm
 from ncsn import images, noise, random, samplers
 from ncsn.losses import sliced_score_matching
 from ncsn.networks import MLP, ResScore
+from ncsn.optim import Adam
 from ncsn.toy import Mixture
-from ncsn.training import Adam, data_order
+from ncsn.training import data_order
 from pipeline import _params, _stage
 from pipeline._pictures import STYLE
 from pipeline._stage import StageError, log

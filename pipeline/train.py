@@ -32,7 +32,8 @@ from tqdm import tqdm
 from ncsn import images, random, samplers
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
 from ncsn.networks import NCSN, NETWORKS, DDPMpp, ScoreNetwork
-from ncsn.training import Adam, Objective, TrainState, accumulate_gradients, data_order, train_positions, update
+from ncsn.optim import Adam
+from ncsn.training import Objective, TrainState, accumulate_gradients, data_order, train_positions, update
 from pipeline import _checkpoints, _params, _ray, _stage, _track, prepare, schedule
 from pipeline._pictures import grid_picture, png_bytes, side_by_side
 from pipeline._stage import StageError, log

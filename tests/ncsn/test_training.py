@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ncsn import training
+from ncsn import optim
 from ncsn.losses import annealed_sliced_score_matching, denoising_score_matching
 from ncsn.networks import NCSNv2
 from ncsn.noise import geometric_sigmas
@@ -212,7 +212,7 @@ def test_an_optimizer_is_torchs_to_the_bit_and_reads_its_state(name):
             optimizer.step()
         return [*network.parameters()], optimizer.state_dict()
 
-    mine, torchs = getattr(training, name), getattr(torch.optim, name)
+    mine, torchs = getattr(optim, name), getattr(torch.optim, name)
     weights, state = trained(mine)
     for got, expected in ((trained(mine), trained(torchs)), (trained(torchs, state), trained(mine, state))):
         assert all(torch.equal(*pair) for pair in zip(got[0], expected[0], strict=True))
@@ -225,7 +225,8 @@ def test_training_loads_no_compiler():
     code = """
 import sys, torch
 from ncsn.networks import NCSNv2
-from ncsn.training import Adam, TrainState, train_step
+from ncsn.optim import Adam
+from ncsn.training import TrainState, train_step
 network = NCSNv2(channels=1, width=4)
 state = TrainState(network, Adam(network.parameters(), fused=True), ema_decay=0.99)
 x = torch.rand(2, 1, 4, 4)
