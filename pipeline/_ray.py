@@ -651,7 +651,7 @@ class _Actor:
 
 def meet(fn: Callable[[Any, World], Any], job: Any, runtime: _params.Runtime) -> list[Any]:
     """What fn(job, world) returns on each of runtime.workers, by rank, within `cluster`: workers that see each other as
-    those of `train` do, in a third of the time, since Ray Train with its helpers is not started.
+    those of `train` do, but sooner, since Ray Train with its helpers is not started.
 
     Raises:
         Exception: What fn raised, or their meeting.
