@@ -693,7 +693,7 @@ class _Guest(_Actor):
                 world_size=size,
                 timeout=MEETING,
             )
-        return fn(job, World(rank, size, device))
+        return fn(job, World(rank, size, device, host=_group_of_cpus(size, device, MEETING)))
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -709,8 +709,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     by_parts = device.type == "cpu" and config["side_by_side"]
     threads = min(cores, MOST_THREADS) if by_parts else 1
     torch.set_num_threads(cores // threads)
-    on_gpus = size > 1 and device.type == "cuda"
-    host = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if on_gpus else None
+    host = _group_of_cpus(size, device, LONGEST)
     if rank == 0:
         log.setLevel(logging.INFO)
         log.addHandler(_ByMail(mailbox))
@@ -731,6 +730,12 @@ def _train_worker(config: dict[str, Any]) -> None:
             ray.get(mailbox.fail.remote(error))
         raise
     ray.get(mailbox.failed.remote())  # comes after all that was told
+
+
+def _group_of_cpus(size: int, device: torch.device, timeout: timedelta) -> Any:
+    """What `World.host` is."""
+    on_gpus = size > 1 and device.type == "cuda"
+    return torch.distributed.new_group(backend="gloo", timeout=timeout) if on_gpus else None
 
 
 def _describe(device: torch.device, cores: int) -> str:

@@ -81,14 +81,12 @@ def test_a_signal_before_training_begins_ends_at_once(inside):
     assert "1 worker, " not in stage.printed()
 
 
-PAIR = _params.parse(compose([*SETTINGS, "runtime.workers=2"])).runtime
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    """A local one, for stages that are called in this process."""
-    with _ray.cluster(PAIR):
-        yield
+    """A local one with room for two workers, for stages that are called in this process; what it was asked by."""
+    runtime = _params.parse(compose([*SETTINGS, "runtime.workers=2"])).runtime
+    with _ray.cluster(runtime):
+        yield runtime
 
 
 @pytest.mark.usefixtures("cluster")
@@ -127,9 +125,8 @@ def test_a_worker_that_dies_too_often_ends_it(inside):
     thread.join()
 
 
-@pytest.mark.usefixtures("cluster")
-def test_workers_meet_and_what_one_raises_is_raised(inside):
-    met = _ray.meet(doctor.meet, str(inside), PAIR)
+def test_workers_meet_and_what_one_raises_is_raised(inside, cluster):
+    met = _ray.meet(doctor.meet, str(inside), cluster)
     assert [(each["rank"], each["sum"], each["backend"]) for each in met] == [(0, 3.0, "gloo"), (1, 3.0, "gloo")]
     with pytest.raises(TypeError, match="unsupported operand"):
-        _ray.meet(operator.truediv, 1, dataclasses.replace(PAIR, workers=1))
+        _ray.meet(operator.truediv, 1, dataclasses.replace(cluster, workers=1))

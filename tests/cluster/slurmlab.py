@@ -2,7 +2,7 @@
 
 Of Debian's packages munge, slurmctld, slurmd and slurm-client; nothing in /etc is read or written. A job put back into
 the queue waits there for as long as credentials live, here 20 seconds, by default 120: started earlier, by `scontrol
-update`, one of eight fails.
+update`, some fail, "Job credential revoked".
 """
 
 import contextlib
