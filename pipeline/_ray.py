@@ -89,65 +89,94 @@ def cluster(runtime: _params.Runtime, *, quiet: bool = False) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: set[psutil.Process] = set()
-    if address := given_address(runtime):
-        code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
-        try:
-            with _signals_kept():
-                ray.init(
-                    address,
-                    logging_level=logging.WARNING,
-                    log_to_driver=not quiet,
-                    runtime_env=None if _here() else code,
-                )
-        except (ConnectionError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
-    else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        others = set(psutil.Process().children())
-        try:
-            with _signals_kept():
-                ray.init(
-                    "local",
-                    num_cpus=max(_cores(), most(runtime.workers)),
-                    include_dashboard=False,
-                    logging_level=logging.WARNING,
-                    log_to_driver=not quiet,
-                    # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
-                    _temp_dir=_local_folder(),
-                )
-        except Exception as error:  # Ray has no type for it, and its half a minute cannot be set
-            if "timed out during startup" not in str(error):
-                raise
-            raise StageError(
-                "Ray did not start within 30 s, is the machine overloaded? The same command goes on"
-            ) from error
-        started = set(psutil.Process().children()) - others
     try:
+        with _signals_kept():
+            if address := given_address(runtime):
+                _join(address, quiet=quiet)
+            else:
+                started = _start(runtime, quiet=quiet)
         yield
     finally:
         with _ended_at_once(started):
             ray.shutdown()
 
 
+def _join(address: str, *, quiet: bool) -> None:
+    """Connect to the cluster there."""
+    code = {"py_modules": [str(ROOT / package) for package in ("ncsn", "pipeline")]}
+    try:
+        ray.init(
+            address,
+            logging_level=logging.WARNING,
+            log_to_driver=not quiet,
+            runtime_env=None if _here() else code,
+        )
+    except (ConnectionError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise StageError(f"no Ray cluster at RAY_ADDRESS or runtime.ray_address={address}: {told}") from error
+
+
+def _start(runtime: _params.Runtime, *, quiet: bool) -> set[psutil.Process]:
+    """Start a local cluster; the processes it began with."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the job beside any other process
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to start
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    others = set(psutil.Process().children())
+    try:
+        ray.init(
+            "local",
+            num_cpus=max(_cores(), most(runtime.workers)),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=not quiet,
+            # Of our own: traces of other Ray versions and clusters in the default folder slow each start down.
+            _temp_dir=_local_folder(),
+        )
+    except Exception as error:  # Ray has no type for it, and its half a minute cannot be set
+        if "timed out during startup" not in str(error):
+            raise
+        raise StageError(
+            "Ray did not start within 30 s, is the machine overloaded? The same command goes on"
+        ) from error
+    return set(psutil.Process().children()) - others
+
+
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Signals that come while Ray starts wait for the handlers that are there now, in place of which Ray puts its own.
+    """Signals that come while Ray starts wait for the handlers that are there now, in place of which Ray puts its own;
+    only a second Ctrl-C does not.
 
-    Ray's processes inherit the mask: a signal to the whole process group is the stage's to answer.
+    Nothing may be raised within: Ray forks, and what is raised in what Python does around a fork is lost, with a lock
+    of logging's held for ever. A mask alone does not help, as any thread takes a signal for the main one; it is for
+    Ray's processes, which inherit it: a signal to the whole process group is the stage's to answer.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)
-    ours = {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
+    ours: dict[int, Any] = {}
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    def set_later(number: int, handler: Any) -> None:
+        if not callable(ours.get(number)):  # Ray's is better than none: it ends Ray's processes, too
+            ours[number] = handler
+
+    set_now = signal.signal
+    if threading.current_thread() is threading.main_thread():
+        ours = {number: set_now(number, note) for number in (*StopSignals.NUMBERS, signal.SIGINT)}
+        signal.signal = set_later  # type: ignore[assignment]
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in ours.items():
-                if callable(handler):  # else Ray's is better than none: it ends Ray's processes, too
-                    signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal = set_now
+        for number, handler in ours.items():
+            set_now(number, handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, came)
+        for number in came:
+            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # here they come
 
 
 @contextmanager
@@ -260,8 +289,16 @@ def train(
         StageError: If there are fewer GPUs than workers, or workers died too often.
     """
     # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    with _signals_kept():
+        from ray.train import (
+            FailureConfig,
+            RunConfig,
+            ScalingConfig,
+            TrainingFailedError,
+            UserCallback,
+            WorkerGroupError,
+        )
+        from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         """Without two processes of two seconds each: one serves data sets of Ray Data, of which there are none; one

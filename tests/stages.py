@@ -51,7 +51,7 @@ class Stage:
         write_text(folder / f"{name}.yaml", _params.to_yaml(tree))
         self.folder, self.log = folder, folder / f"{name}.log"
         self.command = [sys.executable, "-m", f"pipeline.{self.stage}", "--params", f"{name}.yaml"]
-        self.environment = environment() | variables
+        self.environment = environment() | {"PYTHONFAULTHANDLER": "1"} | variables
 
     def __enter__(self):
         with open(self.log, "ab") as log:
@@ -106,7 +106,12 @@ class Stage:
         self.until(lambda: self.newest >= step)
 
     def ends(self, status=0):
-        assert self.process.wait(self.patience) == status, self.printed()[-3000:]
+        try:
+            found = self.process.wait(self.patience)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # it prints where its threads are
+            found = f"{self.process.wait()}, since it did not end"
+        assert found == status, self.printed()[-5000:]
 
     def workers(self, title="RayTrainWorker"):
         """Ray's workers below the stage whose command line says so."""
