@@ -271,9 +271,9 @@ def train(
     """Run fn(job, world) on every worker by Ray Train, each with runtime.gpus_per_worker of a GPU if there are any.
 
     When a worker or a node dies, all start anew, up to runtime.max_failures times; with a range of workers on what is
-    left, and on more when there is more. Errors that another try would meet again (any but RuntimeError and OSError, of
-    which a dying neighbour causes some) end the run at once. Signals make `world.asked_to_stop` true, so that fn may
-    save and return.
+    left, and on more when there is more; a local cluster, which has the same all the time, takes what it can at once.
+    Errors that another try would meet again (any but RuntimeError and OSError, of which a dying neighbour causes some)
+    end the run at once. Signals make `world.asked_to_stop` true, so that fn may save and return.
 
     Args:
         fn: A function of an importable module; it keeps its own checkpoints.
@@ -288,56 +288,25 @@ def train(
         StoppedError: After a signal, when fn has returned.
         StageError: If there are fewer GPUs than workers, or workers died too often.
     """
-    # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
     with _signals_kept():
-        from ray.train import (
-            FailureConfig,
-            RunConfig,
-            ScalingConfig,
-            TrainingFailedError,
-            UserCallback,
-            WorkerGroupError,
-        )
-        from ray.train.torch import TorchConfig, TorchTrainer
+        # Here, since ray.train takes seconds to import and the processes that sample have no use for it.
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+        from ray.train.torch import TorchConfig
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without two processes of two seconds each: one serves data sets of Ray Data, of which there are none; one
-        clears up after a controller that died, which a local cluster does not outlive."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            idle = ["DatasetsCallback", *(["PlacementGroupCleanerCallback"] if _local(runtime) else [])]
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Leave Ctrl-C to Python: Ray's handler would stay when training is over, and then ask a controller that
-            is gone, for which it starts a cluster, or end the program as if all were well."""
-
-    class Quiet(UserCallback):  # type: ignore[misc]
-        """Silences, where it arrives, the request for more nodes, of which a local cluster has none: where processes
-        start slowly it prints a traceback."""
-
-        def __reduce__(self) -> tuple[Callable[[], UserCallback], tuple[()]]:
-            def arrive() -> UserCallback:
-                import logging
-
-                client = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
-                above = logging.ERROR  # by a filter, as Ray sets levels anew, later
-                logging.getLogger(client).addFilter(lambda record: record.levelno >= above)
-                return UserCallback()
-
-            return arrive, ()
-
+        trainer_class = _trainer_class(_local(runtime))
     workers = runtime.workers if isinstance(runtime.workers, int) else tuple(runtime.workers)
     fewest = workers if isinstance(workers, int) else workers[0]
     if 0 < _gpus() < fewest:
         raise StageError(
             f"runtime.workers={runtime.workers}: the cluster has {_gpus():g} GPUs, expected no more workers"
         )
+    if _local(runtime):  # it has what it will ever have
+        workers = min(most(runtime.workers), int(_gpus()) or most(runtime.workers))
     if not isinstance(workers, int):
         # What a lost node held is asked for once more; after this time the range's lower end has to do.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     with _Post(hear, signals) as post:
-        trainer = Trainer(
+        trainer = trainer_class(
             _train_worker,
             train_loop_config={
                 "fn": fn,
@@ -357,7 +326,6 @@ def train(
                 name=name,
                 storage_path=_local_folder("train"),
                 failure_config=FailureConfig(max_failures=runtime.max_failures),
-                callbacks=[Quiet()] if _local(runtime) else None,
             ),
         )
         failure: Exception | None = None
@@ -370,6 +338,37 @@ def train(
     if ended := post.error or failure:
         raise ended
     signals.stop()
+
+
+def _trainer_class(local: bool) -> type[Any]:
+    """Ray Train's for torch, without processes of two seconds each that are of no use here: one serves data sets of Ray
+    Data, of which there are none; where the cluster is `local`, one clears up after a controller that died, which the
+    cluster does not outlive, and one asks for nodes, of which there are no more."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class Fixed(FixedScalingPolicy):  # type: ignore[misc]
+        def after_controller_start(self, train_run_context: Any) -> None:
+            """Asks nobody."""
+
+        def _maybe_send_resource_request(self) -> None:
+            """Neither."""
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            idle = ["DatasetsCallback", *(["PlacementGroupCleanerCallback"] if local else [])]
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
+
+        def _initialize_and_run_controller(self, **settings: Any) -> Any:
+            if local:
+                settings["scaling_policy"] = Fixed(self.scaling_config)
+            return super()._initialize_and_run_controller(**settings)
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leave Ctrl-C to Python: Ray's handler would stay when training is over, and then ask a controller that
+            is gone, for which it starts a cluster, or end the program as if all were well."""
+
+    return Trainer
 
 
 def _cause(failures: list[Exception], max_failures: int) -> Exception:
