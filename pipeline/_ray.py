@@ -143,8 +143,8 @@ def _start(runtime: _params.Runtime, *, quiet: bool) -> set[psutil.Process]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Signals that come while Ray starts wait for the handlers that are there now, in place of which Ray puts its own;
-    only a second Ctrl-C does not.
+    """Signals that come while Ray starts, or is imported, wait for the handlers that are there now, in whose place Ray
+    puts its own; only a second Ctrl-C does not.
 
     Nothing may be raised within: Ray forks, and what is raised in what Python does around a fork is lost, with a lock
     of logging's held for ever. A mask alone does not help, as any thread takes a signal for the main one; it is for
@@ -510,10 +510,10 @@ def sweep(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are in what is returned
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the older output can be silent
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-    from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
-
+    with _signals_kept():
+        from ray import tune
+        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+        from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
     room = trainings(runtime)
     at_once = min(runtime.trials or room, room)
 

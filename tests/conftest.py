@@ -22,6 +22,25 @@ def pytest_xdist_auto_num_workers():
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests share a process, as with `--dist loadfile`; so do those of all files that share the one cluster of
+    Ray's, which would cost 8 CPU seconds to start in each process and 3 a minute to keep."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "one cluster" if _uses_one_cluster(config.rootpath / file) else file
+
+    return Scheduling(config, log) if config.option.dist == "loadfile" else None
+
+
+@functools.cache
+def _uses_one_cluster(file):
+    return "one_cluster" in file.read_text()
+
+
 def pytest_collection_modifyitems(items):
     """What takes longest first, graphs, clusters, benchmarks, so that at the end no core is without work."""
 

@@ -152,9 +152,11 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
     def told():
         return log.read_text()[-3000:]
 
+    steps = 96
     # a low rate, so that float summation does not grow into other curves
-    training = ["model=ncsnv2", "train.steps=160", "train.save_every=8", "train.learning_rate=1e-5", "train.warmup=0"]
-    settings = ["experiment=tiny", "train.preview_every=160", "runtime.workers=[1,2]", "runtime.resize_interval=2"]
+    training = ["model=ncsnv2", f"train.steps={steps}", "train.save_every=8"]
+    training += ["train.learning_rate=1e-5", "train.warmup=0"]
+    settings = ["experiment=tiny", f"train.preview_every={steps}", "runtime.workers=[1,2]", "runtime.resize_interval=2"]
     graph = on_slurm.spawn(log, "submit", "--start", "cluster/repro.py", "--", *settings, *training)
 
     def until(holds):
@@ -164,10 +166,12 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
     def grown(text):
         return "2 workers, " in text
 
-    until(lambda: grown(log.read_text()) and reached(on_slurm.clone / "runs") >= 8)
-    before, at = len(log.read_text()), reached(on_slurm.clone / "runs")
-    victim = nodes(slurm, "worker")[0][1]
-    slurm.power_off(victim)
+    until(lambda: grown(log.read_text()))
+    with slowed(workers_on(slurm)[0]):
+        until(lambda: reached(on_slurm.clone / "runs") >= 8)
+        before, at = len(log.read_text()), reached(on_slurm.clone / "runs")
+        victim = nodes(slurm, "worker")[0][1]
+        slurm.power_off(victim)
     with ExitStack() as until_grown:
         try:
             shown = on_slurm.attach("echo $(hostname) has $((40 + 2)); exit\n")
@@ -183,7 +187,7 @@ def test_the_graph_goes_on_when_a_host_is_lost_and_when_one_comes(slurm, on_slur
     assert log.read_text()[before:].count("going on from step") == 2
     for path in ("out/report.html", "out/evaluate/metrics.json", "dvc.lock"):
         assert (on_slurm.clone / path).is_file()
-    assert read_json(on_slurm.clone / "out" / "train" / "model.json")["step"] == 160
+    assert read_json(on_slurm.clone / "out" / "train" / "model.json")["step"] == steps
     monkeypatch.chdir(on_slurm.clone)
     (run,) = (store(str(each)) for each in on_slurm.clone.glob("runs/train-*"))
     torch.testing.assert_close(losses(run), losses(alone(on_slurm.clone, "here", *training)), rtol=1e-4, atol=0)
