@@ -18,6 +18,7 @@ import torch
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from pipeline import _checkpoints
 from pipeline._store import read_json, store
 from tests.clones import ROOT, repository
 from tests.cluster.netlab import wait_for
@@ -130,8 +131,9 @@ TRAINING = [
 
 
 def reached(storage):
-    """The last step of which there is a checkpoint."""
-    return max((int(path.name.removeprefix("step_")) for path in storage.glob("train-*/step_*")), default=0)
+    """The last step of which there is a checkpoint, whole."""
+    whole = storage.glob(f"train-*/step_*/{_checkpoints.META}")
+    return max((int(path.parent.name.removeprefix("step_")) for path in whole), default=0)
 
 
 def nodes(slurm, kind):
