@@ -42,10 +42,10 @@ def _uses_one_cluster(file):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest first, graphs, clusters, benchmarks, training, so that at the end no core is without work."""
+    """What takes longest first: graphs, clusters, some files; so that at the end no core is without work."""
 
     def rank(item):
-        path, long = item.path, ("test_benchmarks", "test_train")
+        path, long = item.path, ("test_benchmarks", "test_train", "test_s3", "test_track")
         return [not item.get_closest_marker("graph"), path.parent.name != "cluster", path.stem not in long]
 
     items.sort(key=rank)

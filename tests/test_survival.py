@@ -90,7 +90,9 @@ def cluster():
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_run_that_diverges_ends_without_another_try(inside, monkeypatch):
+def test_a_run_that_diverges_ends_without_another_try(inside, monkeypatch, caplog):
+    """Of as many workers as a range allows, since the cluster is a local one."""
+    caplog.set_level("INFO", "pipeline")
     begun = []
 
     class Ear(train.Ear):
@@ -101,8 +103,9 @@ def test_a_run_that_diverges_ends_without_another_try(inside, monkeypatch):
     monkeypatch.setattr(train, "Ear", Ear)
     bad = ["train.learning_rate=1e30", "train.warmup=0", "train.max_skipped=3", "runtime.storage=diverging"]
     with pytest.raises(StageError, match="last good checkpoint: step 0 in"):
-        train.main(_params.parse(compose([*SETTINGS, *bad])))
+        train.main(_params.parse(compose([*SETTINGS, *bad, "runtime.workers=[1,2]"])))
     assert len(begun) == 1
+    assert "2 workers, on CPUs" in caplog.text
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not Ray's, whose controller is gone
 
 
