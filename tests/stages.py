@@ -110,7 +110,9 @@ class Stage:
             found = self.process.wait(self.patience)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)  # it prints where its threads are
-            found = f"{self.process.wait()}, since it did not end"
+            time.sleep(3)
+            self.kill()  # what it has started, too
+            found = "it did not end"
         assert found == status, self.printed()[-5000:]
 
     def workers(self, title="RayTrainWorker"):
